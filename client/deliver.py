@@ -1,0 +1,32 @@
+"""After stage 3 at the client: the unified model comes back, is stored, and is evaluated where the data is."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from common.config import Settings
+from common.data.tasks import accuracy, all_pixels, class_names, labels_in, text_features
+from common.files import write_json
+from common.model.artifact import UnifiedWeights, load_model, save_model
+from common.model.seed import Seed
+
+
+def store_and_evaluate(
+    seed: Seed,
+    settings: Settings,
+    names: list[str],
+    classes: list[str],
+    weights: UnifiedWeights,
+    test: Dataset,
+    state: Path,
+) -> float:
+    """Write the model to ``state/model`` and its accuracy on the client's own test samples, in percent, to
+    ``state/accuracy.json``.
+    """
+    manifest = save_model(state / "model", seed, settings, names, classes, weights)
+    model = load_model(state / "model").model
+    own = class_names(test)
+    texts = text_features(seed, own, settings.data.prompt)
+    percent = accuracy(lambda batch: model.logits(batch, texts), all_pixels(seed, test), labels_in(test, own))
+    write_json(state / "accuracy.json", {"model": manifest.model_hash, "accuracy": percent})
+    return percent

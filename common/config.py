@@ -1,0 +1,226 @@
+"""The settings of a run: frozen, strict, and complete. A preset is a TOML file of them."""
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import InvalidSettingError, PresetNotFoundError, ProxyCountError, UnknownSettingError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings; in files and on the command line their names are in kebab case."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class Data(Section):
+    """Where the public set and the private domains come from."""
+
+    source: Literal["glyphs"] = "glyphs"
+    domains: tuple[str, ...] = Field(("digits", "greek", "arrows"), min_length=1)
+    dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
+    prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"domains names one twice: {list(self.domains)}")
+        if "{}" not in self.prompt:
+            raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
+        return self
+
+
+class Proxies(Section):
+    """Stage 1: how public samples are chosen for each client."""
+
+    count: Count = Field(200, description="proxies for each client (m)")
+    pool: Count = Field(2_000, description="candidates: the public samples with the largest relevance (n)")
+
+
+class Lora(Section):
+    """The shape of an expert: low-rank matrices on the feed-forward sublayers."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    first_layer: int = Field(0, ge=0, description="layers below it stay the seed's; 0 adapts all of them")
+
+
+class ExpertTraining(Section):
+    """Stage 2: AdamW on the private samples together with the proxies."""
+
+    epochs: Count = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    warmup_steps: int = Field(0, ge=0)
+
+
+class Router(Section):
+    """The context-aware router and how it decides."""
+
+    decide: Literal["once", "per-layer"] = Field(
+        "once", description="once: at the lowest layer with experts, held for those above; per-layer: the paper's"
+    )
+    rows: Literal["fisher", "dot"] = Field("fisher", description="Fisher rows with a bias, or the routing vectors themselves")
+    vectors: Literal["private", "proxy"] = Field(
+        "private", description="the clients' routing vectors, or the means of their proxies, which cost no privacy"
+    )
+    top_k: Count = 1
+    renormalise: bool = Field(False, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
+    context: Fraction = Field(0.9, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
+    learn_context: bool = True
+
+
+class RouterTraining(Section):
+    """Stage 3: AdamW on the union of the proxies."""
+
+    supervision: Literal["task", "provenance", "both", "none"] = Field(
+        "both", description="task loss, each proxy's known client, their sum, or no training at all"
+    )
+    epochs: Count = 3
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-4
+    context_learning_rate: Positive = 1e-3
+    train_experts: bool = Field(False, description="train the experts together with the router")
+
+
+class Compute(Section):
+    """What the run may use. Thread counts are fixed because sums in another order give other last digits."""
+
+    client_threads: Count = 1
+    server_threads: Count = 2
+    parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
+    timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
+
+
+class Settings(Section):
+    """Everything that decides what a run computes."""
+
+    preset: str = "glyphs"
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
+    clients: Count = 3
+    seed_model: str = Field("glyphs", description='"glyphs" (built in) or a folder with a CLIP model')
+    report_accuracy: bool = Field(False, description="let clients send the accuracy they measure on the delivered model")
+    data: Data = Data()
+    proxies: Proxies = Proxies()
+    lora: Lora = Lora()
+    expert_training: ExpertTraining = ExpertTraining()
+    router: Router = Router()
+    router_training: RouterTraining = RouterTraining()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if self.proxies.count > self.proxies.pool:
+            raise ProxyCountError(
+                f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "
+                "lower the one or raise the other"
+            )
+        if self.router.top_k > self.clients:
+            raise ValueError(f"router.top-k = {self.router.top_k} is more than clients = {self.clients}")
+        training = self.router_training.supervision
+        if self.router.learn_context and self.router.context == 1 and training == "provenance":
+            raise ValueError(
+                "router.context = 1 with router-training.supervision = provenance: at exactly 1 all tokens route alike and "
+                "lambda's gradient is zero; start below 1 or set router.learn-context = false"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("common") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def preset_text(preset: str) -> str:
+    """The TOML text of a preset, given by name or by the path of a file.
+
+    Raises:
+        PresetNotFoundError: there is neither.
+    """
+    if preset in preset_names():
+        return (resources.files("common") / "presets" / f"{preset}.toml").read_text()
+    if Path(preset).is_file():
+        return Path(preset).read_text()
+    raise PresetNotFoundError(f"preset {preset!r}: no such file, and the built-in presets are {', '.join(preset_names())}")
+
+
+def load_settings(preset: str, overrides: Iterable[str] = ()) -> Settings:
+    """Settings from a preset (name or TOML file) and overrides such as ``"router.top-k=2"``.
+
+    Raises:
+        PresetNotFoundError, UnknownSettingError, InvalidSettingError, ProxyCountError: with what was given and what is
+            allowed.
+    """
+    try:
+        values = tomllib.loads(preset_text(preset))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidSettingError(f"preset {preset!r} is not valid TOML: {error}") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise InvalidSettingError(f"setting {override!r} is not of the form key=value, for example router.top-k=2")
+        _put(values, key.strip().split("."), _scalar(text.strip()), override)
+    return validated(values)
+
+
+def validated(values: dict[str, Any]) -> Settings:
+    """Settings from plain values; the errors are those of :func:`load_settings`."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UnknownSettingError(f"unknown setting {name!r}{_known(first['loc'])}") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        given = f"{name} = {first['input']!r}: " if name and not isinstance(first["input"], dict) else ""
+        raise InvalidSettingError(f"{given}{reason}") from error
+
+
+def to_toml(settings: Settings) -> str:
+    """All settings as TOML; :func:`load_settings` reads it back to an equal value."""
+    return tomli_w.dumps(settings.model_dump(mode="json", by_alias=True))
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UnknownSettingError(f"unknown setting {override.partition('=')[0]!r}: {part!r} is not a group of settings")
+    values[path[-1]] = value
+
+
+def _scalar(text: str) -> Any:
+    """A TOML value, or the text itself: ``2``, ``0.5``, ``true``, ``["a", "b"]``, ``fisher``."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _known(location: tuple[int | str, ...]) -> str:
+    section: Any = Settings
+    for part in location[:-1]:
+        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+            return ""
+        section = field.annotation
+    return "; known here: " + ", ".join(sorted(field.alias or name for name, field in section.model_fields.items()))

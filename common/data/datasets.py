@@ -1,0 +1,147 @@
+"""The public set and the clients' private sets as ``datasets.Dataset``: loading, caching, partition, content hash."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
+from platformdirs import user_cache_path
+
+from common.config import Data, Settings
+from common.data import glyphs
+from common.errors import EmptyPartitionError, InvalidSettingError
+
+
+def cache_folder() -> Path:
+    """Where data that can be made again is kept: ``$METAMOE_CACHE`` or the user's cache folder."""
+    return Path(os.environ.get("METAMOE_CACHE") or user_cache_path("metamoe"))
+
+
+@lru_cache(maxsize=2)
+def load_public(data: Data, split: str = "train") -> Dataset:
+    """The public set D0 (``"train"``) or its held-out part (``"test"``)."""
+    return _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+
+
+def load_private(settings: Settings, client: int, split: str) -> Dataset:
+    """The private samples of one client; validation and test parts are its whole domain's.
+
+    With more clients than domains the training part is divided among the clients of a domain, see :func:`partition`.
+
+    Raises:
+        EmptyPartitionError: nothing is left for this client.
+    """
+    domain = client_domain(settings, client)
+    data = load_domain(settings.data, domain, split)
+    owners = [k for k in range(settings.clients) if client_domain(settings, k) == domain]
+    if split == "train" and len(owners) > 1:
+        rng = np.random.default_rng([settings.seed, settings.data.domains.index(domain)])
+        parts = partition(np.asarray(data["label"]), len(owners), settings.data.dirichlet, rng)
+        data = data.select(parts[owners.index(client)])
+    if len(data) == 0:
+        raise EmptyPartitionError(
+            f"client {client_names(settings)[client]!r} has no training images: {len(owners)} clients share {domain!r} at "
+            f"data.dirichlet = {settings.data.dirichlet}; use fewer clients or a larger value"
+        )
+    return data
+
+
+def load_domain(data: Data, domain: str, split: str) -> Dataset:
+    """One private domain as a whole: ``split`` is "train", "validation" or "test"."""
+    return _cached(data.source, f"{domain}-{split}", lambda: glyphs.private(domain, split))
+
+
+def check_domains(data: Data) -> None:
+    """Raise if the settings name a domain that the data source does not have.
+
+    Raises:
+        InvalidSettingError: names it and lists those there are.
+    """
+    if unknown := sorted(set(data.domains) - set(glyphs.DOMAINS)):
+        raise InvalidSettingError(f"data.domains has {unknown[0]!r}; {data.source!r} has {', '.join(glyphs.DOMAINS)}")
+
+
+def known_classes(data: Data) -> list[str]:
+    """Every class name of the public set and of the domains, as their source publishes them: what a unified model chooses
+    among.
+    """
+    public = load_public(data).features["label"].names
+    return list(dict.fromkeys([*public, *(name for domain in data.domains for name in glyphs.class_names(domain))]))
+
+
+def client_domain(settings: Settings, client: int) -> str:
+    """Domain of client number ``client``: the domains in turn."""
+    return settings.data.domains[client % len(settings.data.domains)]
+
+
+def client_names(settings: Settings) -> list[str]:
+    """The clients' names in order: the domain's, numbered where several clients share one."""
+    domains = [client_domain(settings, k) for k in range(settings.clients)]
+    return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
+
+
+def partition(labels: np.ndarray, parts: int, concentration: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Divide samples among ``parts`` so that each class is spread by a draw from a symmetric Dirichlet distribution.
+
+    Args:
+        labels: int [N].
+        parts: number of parts.
+        concentration: of the Dirichlet distribution; small values give every part few classes.
+        rng: source of randomness.
+
+    Returns:
+        Sorted row numbers of each part; together they are every row once. A part can be empty.
+    """
+    rows: list[list[int]] = [[] for _ in range(parts)]
+    for label in np.unique(labels):
+        of_class = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(parts, concentration))
+        cuts = (np.cumsum(shares)[:-1] * len(of_class)).round().astype(int)
+        for part, chunk in zip(rows, np.split(of_class, cuts), strict=True):
+            part.extend(chunk.tolist())
+    return [np.array(sorted(part), dtype=np.int64) for part in rows]
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Content hash of a data set: SHA-256 over the class names and every image's size, pixels and label, in order."""
+    digest = hashlib.sha256(repr(dataset.features["label"].names).encode())
+    for start in range(0, len(dataset), 1_000):
+        chunk = dataset[start : start + 1_000]
+        for image, label in zip(chunk["image"], chunk["label"], strict=True):
+            digest.update(f"{image.mode} {image.size} {label}\n".encode())
+            digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def public_fingerprint(data: Data) -> str:
+    """Content hash of the public set that these settings name."""
+    return fingerprint(load_public(data))
+
+
+def _cached(source: str, name: str, make: Callable[[], Dataset]) -> Dataset:
+    """Make a built-in data set once for this version of code and libraries; afterwards it is memory-mapped."""
+    code = hashlib.sha256(Path(glyphs.__file__).read_bytes()).hexdigest()[:12]
+    versions = "-".join(version(package) for package in ("pillow", "matplotlib", "scikit-learn", "numpy"))
+    folder = cache_folder() / source / f"{code}-{versions}" / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        disable_progress_bars()
+        try:
+            make().save_to_disk(temporary)
+            temporary.rename(folder)
+        except OSError:
+            # Another process was faster: its folder is as good as ours.
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not folder.is_dir():
+                raise
+        finally:
+            enable_progress_bars()
+    return load_from_disk(folder)

@@ -1,0 +1,91 @@
+"""The errors a user or an operator can meet, each with its own exit code.
+
+The same code, and never the text, is what a failing client sends (``client/app.py``): an exception's message may quote private
+data.
+"""
+
+
+class MetaMoEError(Exception):
+    """Base of every error that this product raises on purpose."""
+
+    exit_code = 1
+
+
+class InvalidSettingError(MetaMoEError):
+    """A setting has a value that is not allowed, or contradicts another one."""
+
+    exit_code = 10
+
+
+class UnknownSettingError(MetaMoEError):
+    """A setting that does not exist."""
+
+    exit_code = 11
+
+
+class PresetNotFoundError(MetaMoEError):
+    """No preset has this name and no file has this path."""
+
+    exit_code = 12
+
+
+class ProxyCountError(InvalidSettingError):
+    """More proxies are asked for than there are candidates."""
+
+    exit_code = 13
+
+
+class InputFileError(MetaMoEError):
+    """A file given by the user cannot be read as what it should be."""
+
+    exit_code = 14
+
+
+class EmptyPartitionError(MetaMoEError):
+    """A client has no training data."""
+
+    exit_code = 20
+
+
+class PublicDataMismatchError(MetaMoEError):
+    """Client and server hold different public sets."""
+
+    exit_code = 21
+
+
+class SeedMismatchError(MetaMoEError):
+    """Client and server, or a unified model and its reader, hold different seed models."""
+
+    exit_code = 22
+
+
+class ModelStructureError(MetaMoEError):
+    """A seed model whose feed-forward sublayers cannot be found."""
+
+    exit_code = 23
+
+
+class ProtocolError(MetaMoEError):
+    """A message that is not exactly what was declared: name, dtype, shape, finiteness, or protocol version."""
+
+    exit_code = 30
+
+
+class ModelFileError(MetaMoEError):
+    """A unified model on disk that is incomplete, changed, or of another format."""
+
+    exit_code = 40
+
+
+class RunFailedError(MetaMoEError):
+    """A federated run that did not come to its end."""
+
+    exit_code = 50
+
+
+def by_code(code: int) -> type[MetaMoEError]:
+    """The error type of an exit code; the base type if there is none."""
+    types = [MetaMoEError]
+    for kind in types:
+        types.extend(kind.__subclasses__())
+    return next((kind for kind in types if kind.exit_code == code), MetaMoEError)

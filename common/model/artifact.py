@@ -1,0 +1,167 @@
+"""The unified model on disk: PEFT adapters, ``router.safetensors`` and a manifest of hashes.
+
+::
+
+    manifest.json                      format, seed, settings, class names, SHA-256 of every other file
+    router.safetensors                 <i>.rows [K, d], <i>.biases [K], <i>.context [] of the i-th layer that decides
+    experts/<name>/                    adapter_config.json, adapter_model.safetensors: a stock PEFT adapter
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load_file, save_file
+
+from common import config
+from common.errors import ModelFileError, SeedMismatchError
+from common.files import replaced_folder, write_json
+from common.model.lora import Expert, load_adapter, save_adapter
+from common.model.moe import RouterWeights, UnifiedModel
+from common.model.seed import Seed, load_seed
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_ROUTER = "router.safetensors"
+
+
+@dataclass(frozen=True)
+class UnifiedWeights:
+    """What a unified model consists of beside the seed: each expert's LoRA matrices (float16) and each deciding layer's
+    router.
+    """
+
+    experts: list[Expert]
+    routers: list[RouterWeights]
+
+
+class Manifest(BaseModel):
+    """Contents of manifest.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    seed_model: str
+    seed_fingerprint: str
+    experts: list[str]
+    lora: config.Lora
+    router: config.Router
+    prompt: str
+    classes: list[str]
+    files: dict[str, str]
+
+    @property
+    def model_hash(self) -> str:
+        """One hash for the whole model: SHA-256 over seed and files."""
+        text = json.dumps([self.seed_fingerprint, self.experts, sorted(self.files.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A unified model ready for use."""
+
+    model: UnifiedModel
+    seed: Seed
+    manifest: Manifest
+
+
+def save_model(
+    folder: Path, seed: Seed, settings: config.Settings, names: list[str], classes: list[str], weights: UnifiedWeights
+) -> Manifest:
+    """Write a unified model; the folder appears, or is replaced, only when it is whole.
+
+    Args:
+        folder: where.
+        seed: the seed model, recorded by reference and fingerprint.
+        settings: the run's.
+        names: of the experts, in order.
+        classes: names among which the model chooses unless told otherwise.
+        weights: the model's.
+    """
+    with replaced_folder(folder) as new:
+        for name, expert in zip(names, weights.experts, strict=True):
+            save_adapter(new / "experts" / name, seed, settings.lora, expert)
+        save_file(router_arrays(weights.routers), new / _ROUTER)
+        files = {str(f.relative_to(new)): _sha256(f) for f in sorted(new.rglob("*")) if f.is_file()}
+        manifest = Manifest(
+            format=FORMAT,
+            seed_model=settings.seed_model,
+            seed_fingerprint=seed.fingerprint,
+            experts=names,
+            lora=settings.lora,
+            router=settings.router,
+            prompt=settings.data.prompt,
+            classes=classes,
+            files=files,
+        )
+        write_json(new / _MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a unified model.
+
+    Raises:
+        ModelFileError: there is none, or it is not one of ours.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise ModelFileError(
+            f"{folder} holds no {_MANIFEST}; give the folder of a unified model, such as runs/demo/model"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelFileError(f"{folder / _MANIFEST}: {where}: {first['msg']}") from error
+    if manifest.format != FORMAT:
+        raise ModelFileError(f"{folder / _MANIFEST} has format {manifest.format}; this version reads {FORMAT}")
+    return manifest
+
+
+def load_model(folder: Path) -> Loaded:
+    """Load a unified model, after checking every file's hash and the seed's.
+
+    Raises:
+        ModelFileError: a file is missing, added or changed.
+        SeedMismatchError: the seed model here is not the one it was made from.
+    """
+    manifest = read_manifest(folder)
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {_MANIFEST}
+    if difference := sorted(found ^ set(manifest.files)):
+        raise ModelFileError(f"{folder}: {difference[0]} is {'not in the manifest' if difference[0] in found else 'missing'}")
+    for name, digest in manifest.files.items():
+        if _sha256(folder / name) != digest:
+            raise ModelFileError(f"{folder / name} has changed since the model was written")
+    seed = load_seed(manifest.seed_model)
+    if seed.fingerprint != manifest.seed_fingerprint:
+        raise SeedMismatchError(f"{folder} was made from another seed than {manifest.seed_model!r} is here")
+    experts = [load_adapter(folder / "experts" / name) for name in manifest.experts]
+    routers = routers_from(load_file(folder / _ROUTER))
+    model = UnifiedModel(seed, experts, manifest.lora, manifest.router, routers).eval().requires_grad_(False)
+    return Loaded(model, seed, manifest)
+
+
+def router_arrays(routers: list[RouterWeights]) -> dict[str, np.ndarray]:
+    """Routers as named float32 arrays; :func:`routers_from` is the inverse."""
+    return {
+        f"{i}.{part}": np.asarray(getattr(router, part), dtype=np.float32, order="C")
+        for i, router in enumerate(routers)
+        for part in ("rows", "biases", "context")
+    }
+
+
+def routers_from(arrays: dict[str, np.ndarray]) -> list[RouterWeights]:
+    return [
+        RouterWeights(arrays[f"{i}.rows"], arrays[f"{i}.biases"], float(arrays[f"{i}.context"]))
+        for i in range(len(arrays) // 3)
+    ]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""Experts: LoRA on the feed-forward sublayers of the seed, trained with PEFT and stored in its format."""
+
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel
+
+from common.config import Lora
+from common.errors import InvalidSettingError
+from common.model.seed import Seed, share
+
+Expert = dict[str, Tensor]
+"""The LoRA matrices of one expert, by name: ``<FFN path>.<fc1|fc2>.lora_<A|B>.weight``, A [r, in], B [out, r]."""
+
+_PEFT_PREFIX = "base_model.model."
+_LINEAR = ("fc1", "fc2")
+
+
+def expert_layers(seed: Seed, lora: Lora) -> list[str]:
+    """Paths of the feed-forward sublayers that have experts.
+
+    Raises:
+        InvalidSettingError: ``lora.first-layer`` is beyond the last layer.
+    """
+    paths = seed.ffn_paths
+    if lora.first_layer >= len(paths):
+        raise InvalidSettingError(f"lora.first-layer = {lora.first_layer}, but the seed has layers 0 to {len(paths) - 1}")
+    return paths[lora.first_layer :]
+
+
+def expert_shapes(seed: Seed, lora: Lora) -> dict[str, tuple[int, int]]:
+    """Name and shape of every LoRA matrix of an expert: all that may arrive as one."""
+    shapes = {}
+    for path in expert_layers(seed, lora):
+        for linear in _LINEAR:
+            out_features, in_features = seed.model.get_parameter(f"{path}.{linear}.weight").shape
+            shapes[f"{path}.{linear}.lora_A.weight"] = (lora.rank, in_features)
+            shapes[f"{path}.{linear}.lora_B.weight"] = (out_features, lora.rank)
+    return shapes
+
+
+def peft_config(seed: Seed, lora: Lora) -> LoraConfig:
+    """The adapter as PEFT describes it."""
+    paths = "|".join(re.escape(path) for path in expert_layers(seed, lora))
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=rf"({paths})\.({'|'.join(_LINEAR)})",
+        base_model_name_or_path=seed.reference,
+    )
+
+
+def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> CLIPModel:
+    """The seed with one adapter: a new one (B = 0, trainable) or, if given, an expert. Base weights are shared, not copied."""
+    model = share(seed.model)
+    inject_adapter_in_model(peft_config(seed, lora), model)
+    if expert is not None:
+        set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in expert.items()})
+    return model
+
+
+def expert_of(model: CLIPModel) -> Expert:
+    """The adapter of a model made by :func:`with_lora`, detached and copied."""
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in sorted(get_peft_model_state_dict(model, save_embedding_layers=False).items())
+    }
+
+
+def save_adapter(folder: Path, seed: Seed, lora: Lora, expert: Expert) -> None:
+    """Write an expert so that ``PeftModel.from_pretrained(seed, folder)`` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = peft_config(seed, lora)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    weights = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in expert.items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def load_adapter(folder: Path) -> Expert:
+    """Read what :func:`save_adapter` wrote."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
+
+
+def rounded(expert: Expert) -> Expert:
+    """The expert as it crosses the wire: float16."""
+    return {name: tensor.to(torch.float16) for name, tensor in expert.items()}

@@ -1,0 +1,190 @@
+"""Everything that may cross between server and clients: typed requests and replies, to Flower records and back.
+
+The server asks three kinds of question. A reply holds exactly the arrays declared here for its kind, by record, name,
+dtype and shape, and nothing else: no text, no metric, no example count.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from common.config import Settings, validated
+from common.errors import ProtocolError
+from common.model.lora import expert_layers, expert_shapes
+from common.model.seed import Seed, load_seed
+
+PROTOCOL = 1
+
+Kind = Literal["profile", "expert", "deliver"]
+MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
+ARRAYS = "arrays"
+REQUEST = "request"
+CLIENT_ERROR_CODE = 1_000
+"""Added to an error's exit code when a client reports it: Flower's own codes are below it."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One array that may cross."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server sends: the settings, the hashes of what both sides must hold alike, and arrays."""
+
+    settings: Settings
+    seed: str
+    public: str
+    arrays: Mapping[str, np.ndarray]
+
+
+def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
+    """What a client's reply consists of."""
+    match kind:
+        case "profile":
+            return [Artifact("client", "int64", ()), Artifact("seed-routing-vector", "float32", (seed.width,))]
+        case "expert":
+            layers = len(expert_layers(seed, settings.lora))
+            matrices = [Artifact(name, "float16", shape) for name, shape in expert_shapes(seed, settings.lora).items()]
+            return [*matrices, Artifact("routing-vectors", "float32", (layers, seed.width))]
+        case "deliver":
+            return [Artifact("accuracy", "float32", ())] if settings.report_accuracy else []
+
+
+def request_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
+    """The arrays of a server's request."""
+    match kind:
+        case "profile":
+            return []
+        case "expert":
+            return [Artifact("proxies", "int64", (settings.proxies.count,))]
+        case "deliver":
+            deciding = 1 if settings.router.decide == "once" else len(expert_layers(seed, settings.lora))
+            routers = [
+                part
+                for i in range(deciding)
+                for part in (
+                    Artifact(f"router.{i}.rows", "float32", (settings.clients, seed.width)),
+                    Artifact(f"router.{i}.biases", "float32", (settings.clients,)),
+                    Artifact(f"router.{i}.context", "float32", ()),
+                )
+            ]
+            shapes = expert_shapes(seed, settings.lora)
+            experts = [
+                Artifact(f"expert.{k}.{name}", "float16", shape)
+                for k in range(settings.clients)
+                for name, shape in shapes.items()
+            ]
+            return routers + experts
+
+
+def encode_request(request: Request) -> RecordDict:
+    """A request as Flower records."""
+    config = ConfigRecord(
+        {
+            "protocol": PROTOCOL,
+            "settings": request.settings.model_dump_json(by_alias=True),
+            "seed": request.seed,
+            "public": request.public,
+        }
+    )
+    return RecordDict({REQUEST: config, ARRAYS: _encode(request.arrays)})
+
+
+def decode_request(kind: Kind, content: RecordDict) -> Request:
+    """The request in Flower records.
+
+    Raises:
+        ProtocolError: it is not one of this kind, or one of another protocol version.
+    """
+    config = content.config_records.get(REQUEST)
+    if config is None or set(config) != {"protocol", "settings", "seed", "public"}:
+        raise ProtocolError(f"a request needs protocol, settings, seed and public; got {sorted(config or {})}")
+    if config["protocol"] != PROTOCOL:
+        raise ProtocolError(
+            f"the server speaks protocol {config['protocol']!r}, this client {PROTOCOL}; install the same version"
+        )
+    try:
+        values = json.loads(str(config["settings"]))
+    except json.JSONDecodeError as error:
+        raise ProtocolError(f"the request's settings are not JSON: {error}") from error
+    settings = validated(values)
+    arrays = decode_arrays(content, request_artifacts(kind, settings, load_seed(settings.seed_model)))
+    return Request(settings, str(config["seed"]), str(config["public"]), arrays)
+
+
+def encode_reply(arrays: Mapping[str, np.ndarray]) -> RecordDict:
+    """A reply as Flower records."""
+    return RecordDict({ARRAYS: _encode(arrays)} if arrays else {})
+
+
+def decode_reply(content: RecordDict, artifacts: list[Artifact]) -> dict[str, np.ndarray]:
+    """The arrays of a reply that holds exactly the given artifacts.
+
+    Raises:
+        ProtocolError: anything else is in it, or anything is missing or of another form.
+    """
+    allowed = {ARRAYS} if artifacts else set()
+    if extra := set(content) - allowed:
+        raise ProtocolError(f"undeclared record {sorted(extra)[0]!r}")
+    return decode_arrays(content, artifacts)
+
+
+def decode_arrays(content: RecordDict, artifacts: list[Artifact]) -> dict[str, np.ndarray]:
+    """The declared arrays of a message, each checked by its header before anything is allocated.
+
+    Raises:
+        ProtocolError: names the array and what is wrong with it.
+    """
+    arrays = content.array_records.get(ARRAYS, ArrayRecord())
+    if extra := set(arrays) - {artifact.name for artifact in artifacts}:
+        raise ProtocolError(f"undeclared array {sorted(extra)[0]!r}")
+    decoded = {}
+    for artifact in artifacts:
+        if artifact.name not in arrays:
+            raise ProtocolError(f"array {artifact.name!r} is missing")
+        decoded[artifact.name] = _decode(arrays[artifact.name], artifact)
+    return decoded
+
+
+def _encode(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def _decode(array: Array, artifact: Artifact) -> np.ndarray:
+    """The array, if its envelope, its npy header and its length all say what was declared, and every number is finite."""
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ProtocolError(f"array {artifact.name!r} is in npy format {version}, not 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise ProtocolError(f"array {artifact.name!r} is not in npy format: {error}") from error
+    found = (str(dtype), tuple(shape), array.dtype, tuple(array.shape), array.stype, fortran and len(shape) > 1)
+    declared = (artifact.dtype, artifact.shape, artifact.dtype, artifact.shape, "numpy.ndarray", False)
+    if found != declared:
+        raise ProtocolError(
+            f"array {artifact.name!r} is {dtype} {list(shape)}; declared is {artifact.dtype} {list(artifact.shape)}"
+        )
+    if len(array.data) - stream.tell() != artifact.bytes:
+        raise ProtocolError(
+            f"array {artifact.name!r} has {len(array.data) - stream.tell()} bytes; declared are {artifact.bytes}"
+        )
+    values = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape).copy()
+    if not np.isfinite(values).all():
+        raise ProtocolError(f"array {artifact.name!r} has values that are not finite")
+    return values

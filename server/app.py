@@ -1,0 +1,32 @@
+"""The Flower ServerApp: settings in, strategy started, result written."""
+
+import traceback
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import load_settings, to_toml
+from common.errors import MetaMoEError
+from common.files import write_atomically, write_json
+from server.strategy import MetaMoE
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run config describes: ``preset`` (name or file), ``set`` ("key=value ..."), ``out``."""
+    config = context.run_config
+    out = Path(str(config["out"])).absolute()
+    try:
+        settings = load_settings(str(config["preset"]), str(config["set"]).split())
+        write_atomically(out / "settings.toml", to_toml(settings))
+        MetaMoE(settings, out).start(grid)
+    except MetaMoEError as error:
+        # The command that started the run reads this: Flower keeps a failed run's reason to its log.
+        write_json(out / "server" / "error.json", {"code": error.exit_code, "message": str(error)})
+        raise
+    except Exception:
+        write_json(out / "server" / "error.json", {"code": MetaMoEError.exit_code, "message": traceback.format_exc()})
+        raise

@@ -1,0 +1,27 @@
+"""Stage 2 at the server: what arrives is written to disk at once, and read back when the model is assembled."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from common.config import Lora
+from common.files import replaced_folder
+from common.model.lora import Expert, load_adapter, save_adapter
+from common.model.seed import Seed
+
+_VECTORS = "routing_vectors.safetensors"
+
+
+def store_expert(folder: Path, seed: Seed, lora: Lora, arrays: dict[str, np.ndarray]) -> None:
+    """Write a client's reply: the LoRA matrices as a PEFT adapter, the routing vectors beside it."""
+    matrices = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "routing-vectors"}
+    with replaced_folder(folder) as new:
+        save_adapter(new, seed, lora, matrices)
+        save_file({"routing-vectors": arrays["routing-vectors"]}, new / _VECTORS)
+
+
+def stored_expert(folder: Path) -> tuple[Expert, np.ndarray]:
+    """Read what :func:`store_expert` wrote: the LoRA matrices, and the routing vectors [L, d]."""
+    return load_adapter(folder), load_file(folder / _VECTORS)["routing-vectors"]

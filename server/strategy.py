@@ -1,0 +1,94 @@
+"""The Flower strategy: the three stages over Flower's grid."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from common.config import Settings
+from common.errors import MetaMoEError, RunFailedError, by_code
+from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
+from server.stages import run_stages
+
+_POLL_SECONDS = 0.2
+
+
+class MetaMoE(Strategy):
+    """Turns experts trained apart into one Mixture-of-Experts (Jiang et al. 2026).
+
+    Its stages are not rounds of train and evaluate, so ``start`` is replaced as a whole and Flower's four hooks have
+    nothing to do.
+
+    Args:
+        settings: of the run.
+        out: the run folder.
+    """
+
+    def __init__(self, settings: Settings, out: Path) -> None:
+        self.settings, self.out = settings, out
+
+    def start(  # type: ignore[override]
+        self, grid: Grid
+    ) -> None:
+        """Run the stages; see :func:`server.stages.run_stages` for what is written and raised."""
+        nodes = self._nodes(grid)
+        run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out)
+
+    def _nodes(self, grid: Grid) -> list[int]:
+        """Wait until as many clients are connected as the settings say."""
+        wanted, deadline = self.settings.clients, time.monotonic() + self.settings.compute.timeout
+        while len(nodes := sorted(grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise RunFailedError(f"{len(nodes)} clients are connected, clients = {wanted} are needed")
+            time.sleep(_POLL_SECONDS)
+        if len(nodes) > wanted:
+            raise RunFailedError(f"{len(nodes)} clients are connected, but the settings say clients = {wanted}")
+        return nodes
+
+    def _ask(
+        self, grid: Grid, kind: Kind, requests: Mapping[int, RecordDict]
+    ) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
+        messages = [
+            grid.create_message(content=content, message_type=MESSAGE_TYPE[kind], dst_node_id=node, group_id=kind)
+            for node, content in requests.items()
+        ]
+        waiting = dict(zip(grid.push_messages(messages), requests, strict=True))
+        deadline = time.monotonic() + self.settings.compute.timeout
+        while waiting and time.monotonic() < deadline:
+            for reply in grid.pull_messages(list(waiting)):
+                # By the message it answers: a node that died has no source of its own.
+                node = waiting.pop(reply.metadata.reply_to_message_id)
+                yield node, _failure(reply) if reply.has_error() else reply.content
+            time.sleep(_POLL_SECONDS)
+
+    def summary(self) -> None:
+        """Nothing to log: the settings lie in the run folder."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Not a stage of this method."""
+        return []
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not a stage of this method."""
+        return None, None
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Not a stage of this method."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Not a stage of this method."""
+        return None
+
+
+def _failure(reply: Message) -> MetaMoEError:
+    """What a client's bare error code, or Flower's own, says."""
+    code = reply.error.code
+    if code >= CLIENT_ERROR_CODE:
+        kind = by_code(code - CLIENT_ERROR_CODE)
+        summary = (kind.__doc__ or kind.__name__).strip().splitlines()[0]
+        return kind(f"{kind.__name__}: {summary} The client's log has the details.")
+    return RunFailedError(f"Flower reports error {code}: {(reply.error.reason or 'no reason given').strip()}")

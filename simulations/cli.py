@@ -1,0 +1,166 @@
+"""The command ``metamoe``."""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Settings, load_settings, preset_names, preset_text, to_toml
+from common.errors import InputFileError, InvalidSettingError, MetaMoEError
+from common.files import write_atomically
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn experts trained apart into one Mixture-of-Experts, without anybody's data moving.",
+)
+_console = Console()
+_errors = Console(stderr=True)
+_RUN = ("settings.toml", "proxies.json", "events.jsonl", "results.json", "report.md", "model", "server", "clients", "flower")
+
+
+class Backend(StrEnum):
+    """Where the clients of a simulation run."""
+
+    ray = "ray"
+    local = "local"
+
+
+@app.command()
+def simulate(
+    preset: Annotated[
+        str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")
+    ] = "glyphs",
+    clients: Annotated[int | None, typer.Option(help="Number of clients K.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. router.top-k=2; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/PRESET]")] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
+    ] = Backend.ray,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+) -> None:
+    """Run a federation on this machine: stages 1 to 3, then a table of how good every method is."""
+    overrides = list(set_ or [])
+    overrides += [f"clients={clients}"] if clients is not None else []
+    overrides += [f"seed={seed}"] if seed is not None else []
+    settings = load_settings(preset, overrides)
+    folder = (out or Path("runs") / Path(preset).stem).absolute()
+    _prepare(folder, overwrite)
+    write_atomically(folder / "settings.toml", to_toml(settings))
+    _simulate(settings, folder, backend)
+
+
+def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
+    # Imported here, so that help and a wrong setting answer at once.
+    from common.data.datasets import check_domains, load_domain, load_private, load_public
+    from simulations.flower import run_flower
+    from simulations.local import run_local
+    from simulations.progress import live
+    from simulations.results import write_results
+
+    _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
+    check_domains(settings.data)
+    with _console.status("preparing data"):
+        load_public(settings.data)
+        for client in range(settings.clients):
+            load_private(settings, client, "train")
+        for domain in settings.data.domains:
+            load_domain(settings.data, domain, "test")
+    with live(settings, folder, _console) as board:
+        (run_flower if backend is Backend.ray else run_local)(settings, folder)
+        results = write_results(settings, folder, board.evaluation)
+    table = Table(title="accuracy on test data, %")
+    table.add_column("method")
+    columns = [*settings.data.domains, "average"]
+    for column in [*columns, "public, held out"]:
+        table.add_column(column, justify="right")
+    for method, by_domain in results["accuracy"].items():
+        cells = [by_domain[column] for column in columns] + [results["public_accuracy"][method]]
+        table.add_row(method, *(f"{cell:.1f}" for cell in cells))
+    _console.print(table)
+    _console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of a unified model, e.g. runs/demo/model.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
+    classes: Annotated[Path | None, typer.Option(help="Text file with the class names to choose among, one a line.")] = None,
+) -> None:
+    """Name the most likely classes of images, and show which experts their tokens went to."""
+    from common.model.artifact import load_model
+    from simulations.predict import predict_images, read_class_names
+
+    loaded = load_model(model)
+    names = read_class_names(classes) if classes else loaded.manifest.classes
+    table = Table("image", "class", "probability", "expert", "tokens")
+    for prediction in predict_images(loaded, images, names, top):
+        for row, (name, probability) in enumerate(prediction.classes):
+            expert, share = prediction.experts[row] if row < len(prediction.experts) else ("", None)
+            image = str(prediction.image) if row == 0 else ""
+            table.add_row(image, name, f"{probability:.3f}", expert, "" if share is None else f"{share:.0%}")
+        table.add_section()
+    _console.print(table)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Preset to show in full.")] = None,
+) -> None:
+    """List the presets, or print one."""
+    if name is not None:
+        _console.print(preset_text(name), markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    table = Table("preset", "start it with")
+    for known in preset_names():
+        table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
+    _console.print(table)
+
+
+def _prepare(folder: Path, overwrite: bool) -> None:
+    """Make the run folder; an earlier run is removed only on demand, and nothing but a run ever is."""
+    if folder.exists() and not folder.is_dir():
+        raise InputFileError(f"--out {folder} is a file; give a folder")
+    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if present and not overwrite:
+        raise InvalidSettingError(f"--out {folder} is not empty; give another folder, or --overwrite to replace the run in it")
+    if others := sorted(present - set(_RUN)):
+        raise InvalidSettingError(f"--out {folder} holds {others[0]!r}, which is not part of a run; give another folder")
+    for name in present:
+        entry = folder / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def main() -> None:
+    """Entry point: run the command; an expected error is one line and its exit code, a traceback only with METAMOE_DEBUG=1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except MetaMoEError as error:
+        if os.environ.get("METAMOE_DEBUG"):
+            traceback.print_exc()
+        _errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _errors.print("interrupted")
+        sys.exit(130)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

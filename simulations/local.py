@@ -1,0 +1,24 @@
+"""The same run in this one process, without Flower's processes and without Ray: for tests and debugging."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from client.answer import Site
+from client.app import respond
+from common.config import Settings
+from common.errors import MetaMoEError
+from common.wire import Kind, RecordDict
+from server.stages import run_stages
+
+
+def run_local(settings: Settings, out: Path) -> None:
+    """Run all stages with the clients answering one after the other; what is written and computed equals a Flower run's."""
+
+    def ask(kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
+        for client, content in requests.items():
+            try:
+                yield client, respond(kind, content, Site(client, out / "clients"))
+            except MetaMoEError as error:
+                yield client, error
+
+    run_stages(settings, range(settings.clients), ask, out)

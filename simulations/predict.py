@@ -1,0 +1,65 @@
+"""Asking a unified model about image files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from common.data.tasks import class_logits, pixel_values, text_features
+from common.errors import InputFileError
+from common.model.artifact import Loaded
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of an image with their probabilities, and each expert's share of its tokens, largest first."""
+
+    image: Path
+    classes: list[tuple[str, float]]
+    experts: list[tuple[str, float]]
+
+
+@torch.inference_mode()
+def predict_images(loaded: Loaded, images: Sequence[Path], names: Sequence[str], top: int) -> Iterator[Prediction]:
+    """Predictions for image files, one at a time.
+
+    Raises:
+        InputFileError: a file is not a readable image.
+    """
+    texts = text_features(loaded.seed, names, loaded.manifest.prompt)
+    for path in images:
+        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(path)]))
+        probabilities = class_logits(loaded.model.clip, pooled, texts).softmax(1)[0]
+        best = probabilities.topk(min(top, len(names)))
+        chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
+        shares = torch.bincount(chosen, minlength=len(loaded.manifest.experts)) / len(chosen)
+        yield Prediction(
+            path,
+            [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
+            sorted(zip(loaded.manifest.experts, shares.tolist(), strict=True), key=lambda pair: -pair[1]),
+        )
+
+
+def read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputFileError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Class names from a text file, one a line, blank lines left out.
+
+    Raises:
+        InputFileError: it cannot be read or names no class.
+    """
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"--classes {path} cannot be read: {error}") from error
+    if not names:
+        raise InputFileError(f"--classes {path} names no class")
+    return list(dict.fromkeys(names))
