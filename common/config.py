@@ -35,6 +35,8 @@ class Data(Section):
     source: Literal["glyphs"] = "glyphs"
     domains: tuple[str, ...] = Field(("digits", "greek", "arrows"), min_length=1)
     dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
+    public_samples: int = Field(0, ge=0, description="size of a random part of the public set to use; 0 is all of it")
+    private_samples: int = Field(0, ge=0, description="largest number of training samples of a client; 0 is no limit")
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ class Router(Section):
     )
     top_k: Count = 1
     renormalise: bool = Field(False, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
-    context: Fraction = Field(0.9, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
+    context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
     learn_context: bool = True
 
 
@@ -91,7 +93,7 @@ class RouterTraining(Section):
     """Stage 3: AdamW on the union of the proxies."""
 
     supervision: Literal["task", "provenance", "both", "none"] = Field(
-        "both", description="task loss, each proxy's known client, their sum, or no training at all"
+        "task", description="task loss, each proxy's known client, their sum, or no training at all"
     )
     epochs: Count = 3
     batch_size: Count = 64
@@ -135,6 +137,12 @@ class Settings(Section):
         if self.router.top_k > self.clients:
             raise ValueError(f"router.top-k = {self.router.top_k} is more than clients = {self.clients}")
         training = self.router_training.supervision
+        alone = not self.router_training.train_experts
+        if self.router.renormalise and self.router.top_k == 1 and training == "task" and alone:
+            raise ValueError(
+                "router.renormalise = true with router.top-k = 1 and router-training.supervision = task: the only weight is "
+                "always 1, so neither rows nor lambda get a gradient; set renormalise = false, or another supervision"
+            )
         if self.router.learn_context and self.router.context == 1 and training == "provenance":
             raise ValueError(
                 "router.context = 1 with router-training.supervision = provenance: at exactly 1 all tokens route alike and "
@@ -191,7 +199,8 @@ def validated(values: dict[str, Any]) -> Settings:
         if first["type"] == "extra_forbidden":
             raise UnknownSettingError(f"unknown setting {name!r}{_known(first['loc'])}") from error
         reason = first["msg"].removeprefix("Value error, ")
-        given = f"{name} = {first['input']!r}: " if name and not isinstance(first["input"], dict) else ""
+        # Our own checks across fields name the settings themselves.
+        given = "" if first["type"] == "value_error" else f"{name or 'settings'} = {first['input']!r}: "
         raise InvalidSettingError(f"{given}{reason}") from error
 
 

@@ -38,16 +38,19 @@ def greedy_map(features: np.ndarray, relevance: np.ndarray, count: int) -> np.nd
     if not norms.all():
         raise ValueError(f"item {int(norms.argmin())} has a feature of length zero")
     # The common factor 1 / max r changes every determinant alike and keeps the squares from underflow.
-    weighted = unit / norms[:, None] * (relevance / relevance.max(initial=1e-300))[:, None]
-    picked, basis = _while_independent(weighted, count)
+    scale = relevance / relevance.max(initial=np.finfo(float).tiny)
+    weighted = unit * (scale / norms)[:, None]
+    picked, basis = _while_independent(weighted, scale**2, count)
     if len(picked) < count:
         picked = _within_span(weighted @ basis.T, picked, count)
     return np.array(picked, dtype=np.int64)
 
 
-def _while_independent(weighted: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
-    """Picks by the squared residual d_i^2, while there is one above rounding; with them their orthonormal basis [rank, d]."""
-    lengths = np.einsum("nd,nd->n", weighted, weighted)
+def _while_independent(weighted: np.ndarray, lengths: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
+    """Picks by the squared residual d_i^2, while there is one above rounding; with them their orthonormal basis [rank, d].
+
+    ``lengths`` are the squared lengths r_i^2 of the rows, given so that equal relevances tie exactly.
+    """
     residuals = lengths.copy()
     basis = np.empty((min(count, weighted.shape[1]), weighted.shape[1]))
     picked: list[int] = []

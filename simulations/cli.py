@@ -108,14 +108,12 @@ def predict(
 
     loaded = load_model(model)
     names = read_class_names(classes) if classes else loaded.manifest.classes
-    table = Table("image", "class", "probability", "expert", "tokens")
     for prediction in predict_images(loaded, images, names, top):
-        for row, (name, probability) in enumerate(prediction.classes):
-            expert, share = prediction.experts[row] if row < len(prediction.experts) else ("", None)
-            image = str(prediction.image) if row == 0 else ""
-            table.add_row(image, name, f"{probability:.3f}", expert, "" if share is None else f"{share:.0%}")
-        table.add_section()
-    _console.print(table)
+        _console.print(str(prediction.image), style="bold", markup=False, highlight=False, soft_wrap=True)
+        for name, probability in prediction.classes:
+            _console.print(f"  {probability:6.1%}  {name}", markup=False, soft_wrap=True)
+        shares = ", ".join(f"{expert} {share:.0%}" for expert, share in prediction.experts if share > 0)
+        _console.print(f"  tokens went to: {shares}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -26,7 +26,8 @@ def cache_folder() -> Path:
 @lru_cache(maxsize=2)
 def load_public(data: Data, split: str = "train") -> Dataset:
     """The public set D0 (``"train"``) or its held-out part (``"test"``)."""
-    return _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+    whole = _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+    return _random_part(whole, data.public_samples, np.random.default_rng(0))
 
 
 def load_private(settings: Settings, client: int, split: str) -> Dataset:
@@ -44,6 +45,8 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
         rng = np.random.default_rng([settings.seed, settings.data.domains.index(domain)])
         parts = partition(np.asarray(data["label"]), len(owners), settings.data.dirichlet, rng)
         data = data.select(parts[owners.index(client)])
+    if split == "train":
+        data = _random_part(data, settings.data.private_samples, np.random.default_rng([settings.seed, client]))
     if len(data) == 0:
         raise EmptyPartitionError(
             f"client {client_names(settings)[client]!r} has no training images: {len(owners)} clients share {domain!r} at "
@@ -123,6 +126,13 @@ def fingerprint(dataset: Dataset) -> str:
 def public_fingerprint(data: Data) -> str:
     """Content hash of the public set that these settings name."""
     return fingerprint(load_public(data))
+
+
+def _random_part(data: Dataset, size: int, rng: np.random.Generator) -> Dataset:
+    """``size`` random rows in their old order; everything if that is 0 or not less."""
+    if not 0 < size < len(data):
+        return data
+    return data.select(np.sort(rng.permutation(len(data))[:size]))
 
 
 def _cached(source: str, name: str, make: Callable[[], Dataset]) -> Dataset:

@@ -34,7 +34,7 @@ _FONT_SIZE = 26
 _GREEK = (*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA))
 _ARROWS = tuple(range(0x2190, 0x2200))
 # Images of each class in train, validation and test.
-_PER_CLASS = {"greek": (25, 8, 12), "arrows": (12, 4, 5)}
+_PER_CLASS = {"greek": (25, 8, 12), "arrows": (16, 4, 5)}
 _DIGITS_PER_SPLIT = (1_097, 200, 500)
 
 
@@ -151,9 +151,9 @@ def _drawn(domain: str, split: str, seed: int) -> tuple[list[np.ndarray], np.nda
             glyph = _draw(fonts[rng.integers(len(fonts))], code_point)
             assert glyph is not None, f"U+{code_point:04X} has no ink"
             if domain == "greek":
-                images.append(distort(glyph, rng, rotation=25, shear=0.3, scale=0.2, shift=3, blur=0.8, noise=20))
+                images.append(distort(glyph, rng, rotation=(25, 65), shear=0.3, scale=0.15, shift=3, blur=1, noise=25))
             else:
-                images.append(255 - distort(glyph, rng, rotation=5, shear=0.1, scale=0.1, shift=2, blur=0.3, noise=40))
+                images.append(255 - distort(glyph, rng, rotation=(-5, 5), shear=0.1, scale=0.1, shift=2, blur=0.3, noise=35))
             labels.append(label)
     order = rng.permutation(len(labels))
     return [images[i] for i in order], np.array(labels)[order]
@@ -163,7 +163,7 @@ def distort(
     image: np.ndarray,
     rng: np.random.Generator,
     *,
-    rotation: float,
+    rotation: tuple[float, float],
     shear: float,
     scale: float,
     shift: float,
@@ -172,10 +172,10 @@ def distort(
 ) -> np.ndarray:
     """A random affine map, blur and additive Gaussian noise on a uint8 image of dark ink on white.
 
-    Args: largest rotation in degrees, shear, relative scale, shift and blur radius in pixels (each drawn uniformly up to
-    it), and the noise's standard deviation in grey levels.
+    Args: range of rotation in degrees; largest shear, relative scale, shift and blur radius in pixels (each drawn uniformly up
+    to it); standard deviation of the noise in grey levels.
     """
-    angle = np.deg2rad(rng.uniform(-rotation, rotation))
+    angle = np.deg2rad(rng.uniform(*rotation))
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, rng.uniform(-shear, shear)], [0, 1]])
     matrix = matrix @ np.diag(1 + rng.uniform(-scale, scale, 2))

@@ -1,0 +1,127 @@
+"""The ClientApp with real messages: what leaves a client, and what does not."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import answer as answers
+from client.app import app
+from client.egress import guard
+from common.config import Settings, validated
+from common.data.datasets import public_fingerprint
+from common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
+from common.model.seed import load_seed
+from common.wire import ARRAYS, CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind, Request, decode_reply, encode_request, reply_artifacts
+
+
+@pytest.fixture(autouse=True)
+def identity() -> Iterator[None]:
+    """Flower sets this for each task; without it no message can be made."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+
+
+def ask(kind: Kind, settings: Settings, out: Path, client: int = 0, **changes: object) -> Message:
+    """The app's reply to one request."""
+    seed = load_seed(settings.seed_model)
+    arrays = {"proxies": np.arange(settings.proxies.count)} if kind == "expert" else {}
+    values = {"seed": seed.fingerprint, "public": public_fingerprint(settings.data), "arrays": arrays} | changes
+    content = encode_request(Request(settings, **values))
+    message = Message(content, dst_node_id=2, message_type=MESSAGE_TYPE[kind])
+    node = {"partition-id": client, "num-partitions": settings.clients}
+    context = Context(1, 2, node, RecordDict(), {"out": str(out)})
+    return app(message, context)
+
+
+def code_of(reply: Message) -> int:
+    assert reply.has_error()
+    assert not reply.error.reason
+    return reply.error.code - CLIENT_ERROR_CODE
+
+
+def test_a_profile_is_the_mean_embedding_and_the_clients_number(small: Settings, tmp_path: Path) -> None:
+    reply = ask("profile", small, tmp_path, client=1)
+    assert set(reply.content) == {ARRAYS}
+    assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector"}
+    arrays = decode_reply(reply.content, reply_artifacts("profile", small, load_seed(small.seed_model)))
+    assert arrays["client"] == 1
+
+
+def test_an_expert_reply_holds_the_declared_arrays_and_nothing_else(small: Settings, tmp_path: Path) -> None:
+    seed = load_seed(small.seed_model)
+    reply = ask("expert", small, tmp_path)
+    assert set(reply.content) == {ARRAYS}
+    declared = reply_artifacts("expert", small, seed)
+    assert set(reply.content[ARRAYS]) == {artifact.name for artifact in declared}
+    arrays = decode_reply(reply.content, declared)
+    # It trained: B starts at zero.
+    assert all(np.abs(array).max() > 0 for name, array in arrays.items() if "lora_B" in name)
+    assert (tmp_path / "clients" / "digits" / "expert" / "adapter_model.safetensors").is_file()
+
+
+def test_sizes_do_not_tell_how_much_data_there_is(small: Settings, tmp_path: Path) -> None:
+    more = validated(small.model_dump() | {"data": small.data.model_dump() | {"private_samples": 400}})
+    shapes = [
+        [
+            (name, array.dtype, array.shape, len(array.data))
+            for name, array in ask("expert", s, tmp_path).content[ARRAYS].items()
+        ]
+        for s in (small, more)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_another_seed_or_public_set_is_refused_before_training(
+    small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "train_expert", lambda *_: pytest.fail("trained"))
+    assert code_of(ask("expert", small, tmp_path, seed="0" * 64)) == SeedMismatchError.exit_code
+    assert code_of(ask("expert", small, tmp_path, public="0" * 64)) == PublicDataMismatchError.exit_code
+
+
+@pytest.mark.parametrize("ids", [[-1, 0], [0, 300]])
+def test_proxies_outside_the_public_set_are_refused(small: Settings, tmp_path: Path, ids: list[int]) -> None:
+    arrays = {"proxies": np.resize(np.array(ids), small.proxies.count)}
+    assert code_of(ask("expert", small, tmp_path, arrays=arrays)) == ProtocolError.exit_code
+
+
+def test_an_exceptions_text_stays_here(
+    small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("patient 4711")
+
+    monkeypatch.setattr(answers, "train_expert", fail)
+    with caplog.at_level(logging.ERROR):
+        reply = ask("expert", small, tmp_path)
+    assert code_of(reply) == MetaMoEError.exit_code
+    assert "4711" not in repr(reply)
+    assert "4711" in caplog.text
+
+
+def test_an_empty_partition_has_its_code(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> None:
+        raise EmptyPartitionError("nothing here")
+
+    monkeypatch.setattr(answers, "load_private", empty)
+    assert code_of(ask("profile", small, tmp_path)) == EmptyPartitionError.exit_code
+
+
+def test_the_guard_holds_back_what_was_not_declared(small: Settings) -> None:
+    seed = load_seed(small.seed_model)
+    content = encode_request(Request(small, seed.fingerprint, "", {}))
+    message = Message(content, dst_node_id=2, message_type=MESSAGE_TYPE["profile"])
+
+    def smuggle(request: Message, _context: Context) -> Message:
+        arrays = {"client": np.array(0), "seed-routing-vector": np.zeros(seed.width, np.float32), "count": np.array(797)}
+        return Message(RecordDict({ARRAYS: ArrayRecord({n: Array(a) for n, a in arrays.items()})}), reply_to=request)
+
+    reply = guard(message, Context(1, 2, {}, RecordDict(), {}), smuggle)
+    assert code_of(reply) == ProtocolError.exit_code
+    assert not reply.has_content()

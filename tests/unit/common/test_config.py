@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from common.config import Settings, load_settings, preset_names, to_toml
+from common.errors import (
+    InvalidSettingError,
+    MetaMoEError,
+    PresetNotFoundError,
+    ProxyCountError,
+    UnknownSettingError,
+    by_code,
+)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
+    assert load_settings(name).preset == name
+    assert (
+        (Path(__file__).parents[3] / "common" / "presets" / f"{name}.toml")
+        .read_text()
+        .startswith(f"# metamoe simulate --preset {name}")
+    )
+
+
+def test_overrides_and_files(tmp_path: Path) -> None:
+    settings = load_settings(
+        "glyphs", ["router.top-k=2", "proxies.count=7", "data.domains=['greek']", "router.rows=dot", "clients=4"]
+    )
+    assert (settings.router.top_k, settings.proxies.count, settings.data.domains, settings.clients) == (2, 7, ("greek",), 4)
+    file = tmp_path / "mine.toml"
+    file.write_text(to_toml(settings))
+    assert load_settings(str(file)) == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("nonsense=1", UnknownSettingError, "'nonsense'; known here: clients"),
+        ("router.topk=1", UnknownSettingError, "'router.topk'; known here: context"),
+        ("seed.x=1", InvalidSettingError, "seed"),
+        ("router.rows=best", InvalidSettingError, "router.rows = 'best'.*'fisher' or 'dot'"),
+        ("clients=0", InvalidSettingError, "clients = 0.*greater than or equal to 1"),
+        ("clients=many", InvalidSettingError, "clients = 'many'"),
+        ("expert-training.learning-rate=-1", InvalidSettingError, "learning-rate = -1"),
+        ("expert-training.learning-rate=nan", InvalidSettingError, "learning-rate"),
+        ("router.top-k=9", InvalidSettingError, "top-k = 9 is more than clients = 3"),
+        ("proxies.count=5000", ProxyCountError, "proxies.count = 5000 is more than proxies.pool = 2000"),
+        ("data.prompt=x", InvalidSettingError, "no {}"),
+        ("data.domains=['greek','greek']", InvalidSettingError, "twice"),
+        ("no-equals", InvalidSettingError, "key=value"),
+        ("=1", InvalidSettingError, "key=value"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, error: type[MetaMoEError], message: str) -> None:
+    with pytest.raises(MetaMoEError, match=message) as raised:
+        load_settings("glyphs", [override])
+    assert type(raised.value) is error
+
+
+def test_a_lambda_that_could_not_learn_is_refused() -> None:
+    changes = ["router.context=1", "router-training.supervision=provenance"]
+    with pytest.raises(InvalidSettingError, match="gradient is zero"):
+        load_settings("glyphs", changes)
+    load_settings("glyphs", [*changes, "router.learn-context=false"])
+
+
+def test_missing_and_broken_presets(tmp_path: Path) -> None:
+    with pytest.raises(PresetNotFoundError, match="glyphs"):
+        load_settings("nothing")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(InvalidSettingError, match="not valid TOML"):
+        load_settings(str(tmp_path / "bad.toml"))
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().seed = 1
+
+
+def test_every_error_has_its_own_exit_code() -> None:
+    kinds = [MetaMoEError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    codes = [kind.exit_code for kind in kinds]
+    assert len(set(codes)) == len(codes)
+    assert all(by_code(kind.exit_code) is kind for kind in kinds)
+    assert by_code(12345) is MetaMoEError

@@ -1,0 +1,118 @@
+import unicodedata
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from common.config import validated
+from common.data import glyphs
+from common.data.datasets import (
+    check_domains,
+    client_names,
+    fingerprint,
+    known_classes,
+    load_domain,
+    load_private,
+    load_public,
+    partition,
+)
+from common.errors import EmptyPartitionError, InvalidSettingError
+
+DATA = validated({}).data
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=200),
+    st.integers(1, 6),
+    st.floats(0.01, 100),
+    st.integers(0, 1_000),
+)
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_a_partition_is_every_row_once(labels: list[int], parts: int, concentration: float, number: int) -> None:
+    found = partition(np.array(labels), parts, concentration, np.random.default_rng(number))
+    assert len(found) == parts
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(labels)))
+
+
+def test_a_small_concentration_skews_the_classes() -> None:
+    labels = np.repeat(np.arange(10), 100)
+
+    def largest_share(concentration: float) -> float:
+        parts = partition(labels, 2, concentration, np.random.default_rng(0))
+        shares = np.array([np.bincount(labels[part], minlength=10) for part in parts]) / 100
+        return float(shares.max(axis=0).mean())
+
+    assert largest_share(0.05) > 0.9
+    assert largest_share(1_000) < 0.6
+
+
+def test_clients_take_the_domains_in_turn() -> None:
+    assert client_names(validated({"clients": 3})) == ["digits", "greek", "arrows"]
+    assert client_names(validated({"clients": 5})) == ["digits-1", "greek-1", "arrows", "digits-2", "greek-2"]
+    assert client_names(validated({"clients": 1})) == ["digits"]
+
+
+def test_clients_of_a_domain_share_it() -> None:
+    settings = validated({"clients": 6})
+    whole = load_domain(settings.data, "digits", "train")
+    parts = [load_private(settings, client, "train") for client in (0, 3)]
+    assert sum(map(len, parts)) == len(whole)
+    assert len(load_private(settings, 3, "test")) == 500
+
+
+def test_an_empty_partition_is_an_error() -> None:
+    settings = validated({"clients": 300, "data": {"domains": ["digits"], "dirichlet": 0.001}})
+    with pytest.raises(EmptyPartitionError, match="300 clients share 'digits'"):
+        [load_private(settings, client, "train") for client in range(300)]
+
+
+def test_domains_that_do_not_exist_are_named() -> None:
+    with pytest.raises(InvalidSettingError, match=r"'runes'.*digits, greek, arrows"):
+        check_domains(validated({"data": {"domains": ["greek", "runes"]}}).data)
+
+
+def test_public_and_private_classes_are_apart() -> None:
+    public = set(load_public(DATA).features["label"].names)
+    assert not public & set(glyphs.class_names("greek"))
+    assert not public & set(glyphs.class_names("arrows"))
+    # As dogs stay in ImageNet, printed digits stay public.
+    assert set(glyphs.class_names("digits")) <= public
+    assert set(known_classes(DATA)) == public | set(glyphs.class_names("greek")) | set(glyphs.class_names("arrows"))
+    assert all(unicodedata.lookup(name) for name in glyphs.class_names("greek"))
+
+
+def test_sizes() -> None:
+    assert len(load_public(DATA)) > 20_000
+    assert len(load_public(DATA, "test")) == glyphs.PUBLIC_HELD_OUT
+    held_out, train = (set(load_public(DATA, split)["label"]) for split in ("test", "train"))
+    assert held_out <= train
+    for domain in glyphs.DOMAINS:
+        assert len(load_domain(DATA, domain, "test")) >= 500
+
+
+@pytest.mark.parametrize("domain", glyphs.DOMAINS)
+def test_a_domain_is_a_function_of_its_seed_and_its_parts_are_disjoint(domain: str) -> None:
+    again = glyphs.private(domain, "validation")
+    assert fingerprint(again) == fingerprint(load_domain(DATA, domain, "validation"))
+    assert fingerprint(glyphs.private(domain, "validation", seed=1)) != fingerprint(again)
+    parts = [{image.tobytes() for image in load_domain(DATA, domain, split)["image"]} for split in glyphs.SPLITS]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert load_domain(DATA, domain, "train")[0]["image"].size == (32, 32)
+
+
+def test_fingerprint_sees_pixels_labels_names_and_order() -> None:
+    def dataset(pixels: list[int], labels: list[int], names: tuple[str, ...] = ("a", "b")) -> Dataset:
+        features = Features({"image": Image(mode="L"), "label": ClassLabel(names=list(names))})
+        images = [PILImage.new("L", (2, 2), value) for value in pixels]
+        return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    base = fingerprint(dataset([1, 2], [0, 1]))
+    assert fingerprint(dataset([1, 2], [0, 1])) == base
+    others = [dataset([1, 3], [0, 1]), dataset([1, 2], [1, 1]), dataset([2, 1], [1, 0]), dataset([1, 2], [0, 1], ("a", "c"))]
+    assert len({base, *map(fingerprint, others)}) == 5

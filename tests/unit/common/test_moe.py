@@ -1,0 +1,217 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import CLIPModel
+
+from common.config import Settings, validated
+from common.model.lora import save_adapter, with_lora
+from common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
+from common.model.routing import masked_mean
+from common.model.seed import Seed, embed
+from server.unify import train_router
+from tests.conftest import WORDS, random_expert, random_features, random_pixels
+
+
+def build(seed: Seed, settings: Settings, experts: int = 3, same: bool = False) -> UnifiedModel:
+    """A unified model with random experts and rows that send different tokens to different ones."""
+    deciding = 1 if settings.router.decide == "once" else 2
+    routers = [
+        RouterWeights(random_features(experts, seed.width, i) * 2, np.zeros(experts), settings.router.context)
+        for i in range(deciding)
+    ]
+    weights = [random_expert(seed, settings, 0 if same else k) for k in range(experts)]
+    return UnifiedModel(seed, weights, settings.lora, settings.router, routers).eval()
+
+
+def variant(settings: Settings, **changes: object) -> Settings:
+    values = settings.model_dump()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return validated(values)
+
+
+def test_one_expert_equals_its_stock_peft_adapter(seed: Seed, settings: Settings, seed_folder, tmp_path) -> None:
+    expert = random_expert(seed, settings, 1)
+    save_adapter(tmp_path, seed, settings.lora, expert)
+    stock = PeftModel.from_pretrained(CLIPModel.from_pretrained(seed_folder, dtype=torch.float32), tmp_path)
+    routers = [RouterWeights(np.ones((1, seed.width)), np.zeros(1), 0.5)]
+    model = UnifiedModel(seed, [expert], settings.lora, settings.router, routers)
+    pixels = random_pixels(5)
+    with torch.inference_mode():
+        expected = stock.base_model.model.vision_model(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(model(pixels)[0], expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(embed(with_lora(seed, settings.lora, expert), pixels), expected, atol=2e-6, rtol=1e-5)
+        assert not torch.allclose(embed(seed.model, pixels), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(("top_k", "renormalise"), [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize("decide", ["once", "per-layer"])
+def test_equal_experts_equal_that_expert(seed: Seed, settings: Settings, top_k: int, renormalise: bool, decide: str) -> None:
+    settings = variant(settings, router__top_k=top_k, router__renormalise=renormalise, router__decide=decide)
+    model, pixels = build(seed, settings, same=True), random_pixels(4)
+    with torch.inference_mode():
+        expected = embed(with_lora(seed, settings.lora, random_expert(seed, settings, 0)), pixels)
+        torch.testing.assert_close(model(pixels)[0], expected, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_layer_is_the_weighted_sum_of_its_experts_ffns(seed: Seed, settings: Settings, top_k: int) -> None:
+    """Eq. 6, evaluated expert by expert and token by token."""
+    settings = variant(settings, router__top_k=top_k)
+    layer = build(seed, settings).layers[0]
+    z = torch.randn(2, 5, seed.width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        out = layer(z)
+        probabilities = layer.state.decisions[-1].exp()
+        for b, t in itertools.product(range(2), range(5)):
+            expected = torch.zeros(seed.width)
+            for k in probabilities[b, t].topk(top_k).indices.tolist():
+                w1 = layer.base.fc1.weight + layer.scale * layer.b1[k] @ layer.a1[k]
+                w2 = layer.base.fc2.weight + layer.scale * layer.b2[k] @ layer.a2[k]
+                ffn = w2 @ layer.base.activation_fn(w1 @ z[b, t] + layer.base.fc1.bias) + layer.base.fc2.bias
+                expected += probabilities[b, t, k] * ffn
+            torch.testing.assert_close(out[b, t], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_top_1_of_the_paper_is_not_renormalised(seed: Seed, settings: Settings) -> None:
+    paper, released = build(seed, settings), build(seed, variant(settings, router__renormalise=True))
+    pixels = random_pixels(3)
+    with torch.inference_mode():
+        assert not torch.allclose(paper(pixels)[0], released(pixels)[0], atol=1e-3)
+
+
+def test_probabilities_are_those_of_eq_7() -> None:
+    # By hand: z = (1, 0), (0, 1); z_x = (.5, .5); lambda = .5 gives z~ = (.75, .25), (.25, .75).
+    router = Router(RouterWeights(np.array([[4.0, 0.0], [0.0, 4.0]]), np.array([0.0, 1.0]), 0.5), True, True)
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    expected = torch.softmax(torch.tensor([[3.0, 1.0 + 1.0], [1.0, 3.0 + 1.0]]), dim=1)
+    torch.testing.assert_close(router(z).exp()[0], expected)
+
+
+@pytest.mark.parametrize("decide", ["once", "per-layer"])
+def test_an_image_does_not_depend_on_the_others_in_its_batch(seed: Seed, settings: Settings, decide: str) -> None:
+    model, pixels = build(seed, variant(settings, router__decide=decide)), random_pixels(6)
+    with torch.inference_mode():
+        together = model(pixels)[0]
+        alone = torch.cat([model(image[None])[0] for image in pixels])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(pixels.flip(0))[0].flip(0), together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_changes_nothing(seed: Seed, settings: Settings, left: bool) -> None:
+    layer = build(seed, settings).layers[0]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 5, seed.width, generator=generator)
+    padding = torch.randn(3, 4, seed.width, generator=generator) * 100
+    real, no = torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    padded, mask = (torch.cat(pair[:: 1 if left else -1], 1) for pair in ((padding, z), (no, real)))
+    with torch.inference_mode():
+        expected = layer(z)
+        layer.state = RoutingState(mask)
+        out = layer(padded)[:, 4:] if left else layer(padded)[:, :5]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_masked_mean_of_a_hand_computed_case() -> None:
+    z = torch.tensor([[[1.0], [3.0], [100.0]], [[2.0], [100.0], [100.0]], [[5.0], [6.0], [7.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert masked_mean(z, mask).flatten().tolist() == [2.0, 2.0, 0.0]
+
+
+def test_held_decision_is_the_lowest_layers(seed: Seed, settings: Settings) -> None:
+    model = build(seed, settings)
+    _, decisions = model(random_pixels(2))
+    assert len(decisions) == len(model.routers) == 1
+    per_layer = build(seed, variant(settings, router__decide="per-layer"))
+    assert len(per_layer(random_pixels(2))[1]) == len(per_layer.layers) == 2
+
+
+TRAINED = [
+    (decide, rows, top_k, renormalise, supervision)
+    for decide in ("once", "per-layer")
+    for rows in ("fisher", "dot")
+    for top_k, renormalise, supervision in [
+        (1, False, "task"),
+        (1, False, "provenance"),
+        (1, False, "both"),
+        (1, True, "provenance"),
+        (1, True, "both"),
+        (2, True, "task"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("decide", "rows", "top_k", "renormalise", "supervision"), TRAINED)
+def test_rows_and_lambda_are_trained_wherever_it_is_said(
+    seed: Seed, settings: Settings, decide: str, rows: str, top_k: int, renormalise: bool, supervision: str
+) -> None:
+    settings = variant(
+        settings,
+        router__decide=decide,
+        router__rows=rows,
+        router__top_k=top_k,
+        router__renormalise=renormalise,
+        router_training__supervision=supervision,
+        router_training__epochs=1,
+    )
+    model = build(seed, settings)
+    before = [(r.rows.detach().clone(), r.biases.detach().clone(), r.context.item()) for r in model.routers]
+    train_router(model, seed, settings, proxies(3), lambda _done, _total: None)
+    for router, (old_rows, old_biases, old_context) in zip(model.routers, before, strict=True):
+        assert router.rows.grad.abs().max() > 1e-7
+        assert router.context.grad.abs() > 1e-7
+        assert not torch.equal(router.rows, old_rows)
+        assert router.context.item() != old_context
+        assert torch.equal(router.biases, old_biases) == (rows == "dot")
+
+
+def test_renormalised_top_1_is_refused_where_only_the_task_loss_could_train_it() -> None:
+    with pytest.raises(Exception, match="renormalise"):
+        validated({"router": {"renormalise": True}, "router-training": {"supervision": "task"}})
+
+
+def test_experts_move_only_if_they_are_to_be_trained(seed: Seed, settings: Settings) -> None:
+    for train in (False, True):
+        changed = variant(settings, router_training__train_experts=train, router_training__epochs=1)
+        model = build(seed, changed)
+        before = [matrix.clone() for expert in model.experts() for matrix in expert.values()]
+        train_router(model, seed, changed, proxies(3), lambda _done, _total: None)
+        after = [matrix for expert in model.experts() for matrix in expert.values()]
+        moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert moved == train
+
+
+def test_the_seed_itself_is_never_changed(seed: Seed, settings: Settings) -> None:
+    pixels = random_pixels(2)
+    before = embed(seed.model, pixels)
+    fingerprint = Seed(seed.reference, seed.model, seed.tokenizer, seed.processor).fingerprint
+    changed = variant(settings, router_training__train_experts=True, router_training__epochs=1)
+    train_router(build(seed, changed), seed, changed, proxies(3), lambda _done, _total: None)
+    assert torch.equal(embed(seed.model, pixels), before)
+    assert Seed(seed.reference, seed.model, seed.tokenizer, seed.processor).fingerprint == fingerprint
+
+
+def proxies(clients: int) -> list:
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as PILImage
+
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=WORDS)})
+    rng = np.random.default_rng(0)
+
+    def images(count: int) -> list[PILImage.Image]:
+        return [PILImage.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)) for _ in range(count)]
+
+    return [Dataset.from_dict({"image": images(4), "label": [0, 1, 2, k]}, features=features) for k in range(clients)]
+
+
+def test_mean_over_images_of_any_shape(seed: Seed, settings: Settings) -> None:
+    """One token's own part matters while lambda is below one."""
+    model = build(seed, settings)
+    decisions: list[Tensor] = model(random_pixels(1))[1]
+    assert decisions[0].std(dim=1).max() > 0

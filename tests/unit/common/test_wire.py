@@ -1,0 +1,170 @@
+import io
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from common.config import Settings, validated
+from common.errors import MetaMoEError, ProtocolError
+from common.model.seed import Seed
+from common.wire import (
+    ARRAYS,
+    REQUEST,
+    Artifact,
+    Request,
+    decode_arrays,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+    reply_artifacts,
+    request_artifacts,
+)
+
+DECLARED = [Artifact("vector", "float32", (3,)), Artifact("client", "int64", ())]
+
+
+def reply(**changes: object) -> RecordDict:
+    arrays = {"vector": np.arange(3, dtype=np.float32), "client": np.array(1)} | changes
+    return RecordDict(
+        {ARRAYS: ArrayRecord({n: a if isinstance(a, Array) else Array(np.asarray(a)) for n, a in arrays.items()})}
+    )
+
+
+def test_a_declared_reply_goes_through() -> None:
+    decoded = decode_reply(reply(), DECLARED)
+    assert decoded["vector"].tolist() == [0, 1, 2]
+    assert decoded["client"] == 1
+    assert decoded["client"].shape == ()
+
+
+def archive() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, vector=np.zeros(10**6, dtype=np.float32))
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def lying(data: bytes) -> Array:
+    return Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
+
+
+GOOD = npy(np.zeros(3, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (reply(extra=np.zeros(2)), "undeclared array 'extra'"),
+        (reply(vector=np.zeros(3)), "float64"),
+        (reply(vector=np.zeros((3, 1), dtype=np.float32)), r"\[3, 1\]"),
+        (reply(vector=np.zeros(4, dtype=np.float32)), r"\[4\]"),
+        (reply(vector=np.float32(1)), r"\[\]"),
+        (reply(vector=np.array([0, np.nan, 0], dtype=np.float32)), "not finite"),
+        (reply(vector=np.array([0, np.inf, 0], dtype=np.float32)), "not finite"),
+        (reply(vector=lying(archive())), "not in npy format"),
+        (reply(vector=lying(npy(np.zeros(10**6, dtype=np.float32)))), "1000000"),
+        (reply(vector=lying(npy(np.array([{}, {}, {}])))), "object"),
+        (reply(vector=lying(GOOD + b"smuggled")), "20 bytes"),
+        (reply(vector=lying(GOOD[:-1])), "11 bytes"),
+        (reply(vector=lying(b"")), "not in npy format"),
+        (reply(vector=Array(dtype="float32", shape=(3,), stype="torch", data=GOOD)), "vector"),
+        (RecordDict({ARRAYS: ArrayRecord({"client": Array(np.array(1))})}), "'vector' is missing"),
+        (RecordDict({**reply(), "metrics": MetricRecord({"loss": 1.0})}), "undeclared record 'metrics'"),
+        (RecordDict({**reply(), "config": ConfigRecord({"note": "text"})}), "undeclared record 'config'"),
+        (RecordDict({**reply(), "more": ArrayRecord()}), "undeclared record 'more'"),
+        (RecordDict({ARRAYS: MetricRecord({"num-examples": 1})}), "missing"),
+        (RecordDict(), "missing"),
+    ],
+)
+def test_anything_else_is_refused(content: RecordDict, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        decode_reply(content, DECLARED)
+
+
+def test_an_empty_reply_is_empty() -> None:
+    assert decode_reply(encode_reply({}), []) == {}
+    with pytest.raises(ProtocolError, match="undeclared record 'arrays'"):
+        decode_reply(reply(), [])
+
+
+@given(st.binary(max_size=300))
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_no_bytes_crash_the_decoder(data: bytes) -> None:
+    for payload in (data, GOOD[:10] + data, GOOD[:-12] + data):
+        try:
+            decoded = decode_arrays(reply(vector=lying(payload)), DECLARED)
+        except ProtocolError:
+            continue
+        assert decoded["vector"].dtype == np.float32
+        assert decoded["vector"].shape == (3,)
+
+
+@given(hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_only_the_declared_form_passes(array: np.ndarray) -> None:
+    try:
+        decoded = decode_arrays(reply(vector=array), DECLARED)
+    except (ProtocolError, ValueError):
+        return
+    assert array.dtype == np.float32
+    assert array.shape == (3,)
+    np.testing.assert_array_equal(decoded["vector"], array)
+
+
+def test_request_survives_the_wire(small: Settings) -> None:
+    ids = np.arange(small.proxies.count)
+    request = decode_request("expert", encode_request(Request(small, "a", "b", {"proxies": ids})))
+    assert request.settings == small
+    assert (request.seed, request.public) == ("a", "b")
+    np.testing.assert_array_equal(request.arrays["proxies"], ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"protocol": 99}, "protocol 99"),
+        ({"settings": "not json"}, "not JSON"),
+        ({"settings": '{"nonsense": 1}'}, "nonsense"),
+        ({"settings": "[]"}, ""),
+        ({"extra": "x"}, "extra"),
+    ],
+)
+def test_a_request_of_another_kind_is_refused(small: Settings, change: dict, reason: str) -> None:
+    content = encode_request(Request(small, "a", "b", {}))
+    content[REQUEST] = ConfigRecord({**content.config_records[REQUEST], **change})
+    with pytest.raises(MetaMoEError, match=reason):
+        decode_request("profile", content)
+
+
+def test_an_expert_reply_is_lora_and_routing_vectors_and_nothing_else(seed: Seed, settings: Settings) -> None:
+    artifacts = reply_artifacts("expert", settings, seed)
+    matrices = [a for a in artifacts if ".lora_" in a.name]
+    assert [a.name for a in artifacts if a not in matrices] == ["routing-vectors"]
+    # Two layers, fc1 and fc2, A and B; rank 2, width 16, hidden 32: 2 * (2*(16+32) + 2*(32+16)) numbers of 2 bytes.
+    assert len(matrices) == 8
+    assert sum(a.bytes for a in matrices) == 2 * (2 * 48 + 2 * 48) * 2
+    assert artifacts[-1].shape == (2, 16)
+    assert {a.dtype for a in matrices} == {"float16"}
+
+
+def test_accuracy_is_declared_only_if_the_settings_allow_it(seed: Seed) -> None:
+    assert reply_artifacts("deliver", validated({}), seed) == []
+    assert [a.name for a in reply_artifacts("deliver", validated({"report-accuracy": True}), seed)] == ["accuracy"]
+
+
+def test_delivery_has_one_router_or_one_a_layer(seed: Seed) -> None:
+    def routers(decide: str) -> int:
+        artifacts = request_artifacts("deliver", validated({"router": {"decide": decide}}), seed)
+        return sum(a.name.endswith(".rows") for a in artifacts)
+
+    assert (routers("once"), routers("per-layer")) == (1, 2)

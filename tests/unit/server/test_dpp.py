@@ -1,0 +1,87 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.dpp import greedy_map
+
+
+def kernel(features: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return relevance[:, None] * (unit @ unit.T) * relevance[None, :]
+
+
+def brute_force(features: np.ndarray, relevance: np.ndarray, count: int, ridge: float = 0.0) -> list[int]:
+    """Greedy by evaluating every determinant."""
+    matrix = kernel(features, relevance) + ridge * np.eye(len(features))
+    picked: list[int] = []
+    for _ in range(count):
+        rest = [i for i in range(len(features)) if i not in picked]
+        values = [np.linalg.slogdet(matrix[np.ix_([*picked, i], [*picked, i])])[1] for i in rest]
+        picked.append(rest[int(np.argmax(values))])
+    return picked
+
+
+@given(st.integers(0, 10_000), st.integers(2, 12), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_equals_brute_force(number: int, items: int, count: int) -> None:
+    rng = np.random.default_rng(number)
+    features, relevance = rng.normal(size=(items, 8)), rng.uniform(0.05, 1, items)
+    count = min(count, items)
+    assert greedy_map(features, relevance, count).tolist() == brute_force(features, relevance, count)
+
+
+def test_first_two_of_a_small_case_are_the_best_pair() -> None:
+    # Worked out by hand: r = 1, .9, .9; item 1 is parallel to item 0, item 2 orthogonal to it.
+    features, relevance = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]), np.array([1.0, 0.9, 0.9])
+    assert greedy_map(features, relevance, 2).tolist() == [0, 2]
+    matrix = kernel(features, relevance)
+    best = max(combinations(range(3), 2), key=lambda s: np.linalg.det(matrix[np.ix_(s, s)]))
+    assert best == (0, 2)
+
+
+def test_relevance_and_diversity_both_count() -> None:
+    features = np.array([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]])
+    assert greedy_map(features, np.array([1.0, 1.0, 0.5]), 2).tolist() == [0, 2]
+    assert greedy_map(features, np.array([1.0, 1.0, 1e-4]), 2).tolist() == [0, 1]
+
+
+def test_beyond_the_rank_picks_are_distinct_and_follow_the_vanishing_ridge() -> None:
+    rng = np.random.default_rng(3)
+    features, relevance = rng.normal(size=(14, 4)), rng.uniform(0.3, 1, 14)
+    picked = greedy_map(features, relevance, 9).tolist()
+    assert len(set(picked)) == 9
+    assert picked == brute_force(features, relevance, 9, ridge=1e-7)
+
+
+def test_all_items_can_be_taken_whatever_the_rank() -> None:
+    features = np.ones((50, 3))
+    assert greedy_map(features, np.ones(50), 50).tolist() == list(range(50))
+
+
+def test_relevance_of_very_different_size_does_no_harm() -> None:
+    rng = np.random.default_rng(0)
+    relevance = 10.0 ** rng.uniform(-120, 0, 200)
+    picked = greedy_map(rng.normal(size=(200, 16)), relevance, 150)
+    assert len(set(picked.tolist())) == 150
+    assert picked[0] == relevance.argmax()
+
+
+def test_many_more_items_than_dimensions() -> None:
+    rng = np.random.default_rng(1)
+    picked = greedy_map(rng.normal(size=(2_000, 64)).astype(np.float32), rng.uniform(0.1, 1, 2_000), 500)
+    assert len(set(picked.tolist())) == 500
+
+
+def test_bad_input_is_refused() -> None:
+    ones = np.ones((3, 2))
+    with pytest.raises(ValueError, match="4 items of 3"):
+        greedy_map(ones, np.ones(3), 4)
+    with pytest.raises(ValueError, match="positive"):
+        greedy_map(ones, np.array([1.0, 0.0, 1.0]), 2)
+    with pytest.raises(ValueError, match="finite"):
+        greedy_map(np.full((3, 2), np.nan), np.ones(3), 2)
+    with pytest.raises(ValueError, match="length zero"):
+        greedy_map(np.zeros((3, 2)), np.ones(3), 2)

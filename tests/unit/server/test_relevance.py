@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from common.fisher import fisher_rows, shrunk_covariance
+from server.relevance import fisher_scores, logistic_link
+from tests.conftest import random_features
+
+
+def test_scores_of_a_hand_computed_case() -> None:
+    # S_0 = diag(1, 4), mu_p = (2, 4), mu_0 = (0, 0): w = (2, 1), b = -1/2 (2*2 + 4*1) = -4.
+    covariance = np.diag([1.0, 4.0])
+    features = np.array([[0.0, 0.0], [2.0, 4.0], [1.0, 2.0], [3.0, -1.0]])
+    scores = fisher_scores(features, np.array([2.0, 4.0]), np.zeros(2), covariance)
+    np.testing.assert_allclose(scores, [-4.0, 4.0, 0.0, 1.0])
+
+
+def test_scores_are_the_log_odds_of_gaussians() -> None:
+    from scipy.stats import multivariate_normal
+
+    covariance = np.array([[2.0, 0.5], [0.5, 1.0]])
+    features = random_features(20, 2)
+    expected = multivariate_normal([1, -1], covariance).logpdf(features) - multivariate_normal([0.5, 2], covariance).logpdf(
+        features
+    )
+    np.testing.assert_allclose(fisher_scores(features, np.array([1, -1]), np.array([0.5, 2]), covariance), expected)
+
+
+def test_rows_and_biases_of_a_hand_computed_case() -> None:
+    rows, biases = fisher_rows(np.array([[1.0, 2.0], [0.0, -2.0]]), np.diag([0.5, 2.0]))
+    np.testing.assert_allclose(rows, [[2.0, 1.0], [0.0, -1.0]])
+    np.testing.assert_allclose(biases, [-2.0, -1.0])
+
+
+def test_covariance_is_invertible_with_fewer_samples_than_dimensions() -> None:
+    assert np.linalg.eigvalsh(shrunk_covariance(random_features(5, 20))).min() > 0
+
+
+def test_link_keeps_the_order_and_sums_to_the_pool() -> None:
+    scores = random_features(1_000, 1)[:, 0] * 300 - 5_000
+    relevance = logistic_link(scores, 50)
+    assert relevance.sum() == pytest.approx(50, abs=1e-3)
+    assert (np.diff(relevance[np.argsort(scores)]) >= 0).all()
+    assert np.isfinite(np.log(relevance[np.argsort(-scores)[:50]])).all()
+
+
+def test_everything_is_relevant_when_everything_is_wanted() -> None:
+    assert (logistic_link(random_features(10, 1)[:, 0], 10) == 1).all()

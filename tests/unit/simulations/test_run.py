@@ -1,0 +1,193 @@
+"""Whole runs in one process, small but real, and the command around them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.config import Settings, to_toml, validated
+from common.data.datasets import load_domain
+from common.errors import (
+    InputFileError,
+    InvalidSettingError,
+    ModelFileError,
+    PresetNotFoundError,
+    ProtocolError,
+    ProxyCountError,
+    RunFailedError,
+    UnknownSettingError,
+)
+from common.model.artifact import load_model
+from common.wire import encode_reply
+from server.stages import run_stages
+from simulations.local import run_local
+from simulations.results import write_results
+
+
+@pytest.fixture
+def preset(small: Settings, tmp_path: Path) -> Path:
+    file = tmp_path / "small.toml"
+    file.write_text(to_toml(small))
+    return file
+
+
+def test_a_run_leaves_what_it_should_and_twice_the_same(small: Settings, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_local(small, tmp_path / name)
+    out = tmp_path / "a"
+    results = write_results(small, out, lambda _done, _total: None)
+    assert (out / "proxies.json").read_bytes() == (tmp_path / "b" / "proxies.json").read_bytes()
+    assert load_model(tmp_path / "b" / "model").manifest.model_hash == results["model"]
+
+    proxies = json.loads((out / "proxies.json").read_text())["clients"]
+    assert list(proxies) == ["digits", "greek", "arrows"]
+    for record in proxies.values():
+        assert len(set(record["ids"])) == len(record["scores"]) == 20
+
+    assert results == json.loads((out / "results.json").read_text())
+    assert set(results["accuracy"]) == {"zero-shot", "expert:digits", "expert:greek", "expert:arrows", "metamoe"}
+    assert all(set(row) == {"digits", "greek", "arrows", "average"} for row in results["accuracy"].values())
+    assert set(results["public_accuracy"]) == set(results["accuracy"])
+    assert all(sum(shares.values()) == pytest.approx(1, abs=1e-3) for shares in results["routing"].values())
+    for client in results["clients"]:
+        # LoRA in float16, routing vectors [2, 16] and the seed's [16] in float32, and the client's number.
+        assert client["bytes_up"] == sum(a["bytes"] for a in client["artifacts"]) == 2 * 192 * 2 + 4 * 32 + 4 * 16 + 8
+        assert client["bytes_down"] > 8 * 20
+        delivered = out / "clients" / client["name"]
+        assert load_model(delivered / "model").manifest.model_hash == results["model"]
+        own = json.loads((delivered / "accuracy.json").read_text())
+        assert own["accuracy"] == pytest.approx(results["accuracy"]["metamoe"][client["name"]], abs=0.01)
+    assert "| metamoe |" in (out / "report.md").read_text()
+    assert json.loads((out / "server" / "summary.json").read_text())["reported"] == {}
+
+
+def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small: Settings, tmp_path: Path) -> None:
+    values = small.model_dump() | {"report_accuracy": True, "clients": 4}
+    values["router"] |= {"decide": "per-layer", "rows": "dot", "vectors": "proxy", "top_k": 2}
+    settings = validated(values)
+    run_local(settings, tmp_path)
+    reported = json.loads((tmp_path / "server" / "summary.json").read_text())["reported"]
+    assert set(reported) == {"digits-1", "greek", "arrows", "digits-2"}
+    assert len(load_model(tmp_path / "model").model.routers) == 2
+
+
+def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Path) -> None:
+    from client.answer import Site
+    from client.app import respond
+
+    def backwards(kind, requests):
+        for node in reversed(requests):
+            yield node, respond(kind, requests[node], Site(7 - node, tmp_path / "b" / "clients"))
+
+    run_local(small, tmp_path / "a")
+    run_stages(small, [5, 6, 7], backwards, tmp_path / "b")
+    hashes = {load_model(tmp_path / name / "model").manifest.model_hash for name in "ab"}
+    assert len(hashes) == 1
+
+
+def test_a_client_that_lies_or_is_silent_is_named(small: Settings, tmp_path: Path) -> None:
+    from client.answer import Site
+    from client.app import respond
+
+    def twins(kind, requests):
+        for node, content in requests.items():
+            yield node, respond(kind, content, Site(0, tmp_path))
+
+    with pytest.raises(RunFailedError, match="client digits"):
+        run_stages(small, [0, 1, 2], twins, tmp_path)
+
+    def silent(kind, requests):
+        for node, content in requests.items():
+            if kind == "profile" or node != 1:
+                yield node, respond(kind, content, Site(node, tmp_path))
+
+    with pytest.raises(RunFailedError, match=r"no answer to 'expert'.*client greek"):
+        run_stages(small, [0, 1, 2], silent, tmp_path)
+
+    def poisoned(kind, requests):
+        for node, content in requests.items():
+            reply = respond(kind, content, Site(node, tmp_path))
+            yield node, encode_reply({"x": np.zeros(3)}) if kind == "expert" and node == 2 else reply
+
+    with pytest.raises(ProtocolError, match=r"client arrows, reply to 'expert': undeclared array 'x'"):
+        run_stages(small, [0, 1, 2], poisoned, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_command_from_simulation_to_prediction(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
+    out = tmp_path / "out"
+    assert run_metamoe("simulate", "--preset", str(preset), "--out", str(out), "--backend", "local", "--seed", "3") == 0
+    assert "seed = 3" in (out / "settings.toml").read_text()
+    assert "metamoe" in capsys.readouterr().out
+
+    image = tmp_path / "digit.png"
+    load_domain(validated({}).data, "digits", "test")[0]["image"].save(image)
+    assert run_metamoe("predict", str(out / "model"), str(image), "--top", "2") == 0
+    shown = capsys.readouterr().out
+    assert "digit.png" in shown
+    assert any(name in shown for name in ("digits", "greek", "arrows"))
+
+    classes = tmp_path / "classes.txt"
+    classes.write_text("DIGIT ONE\n\nDIGIT TWO\n")
+    assert run_metamoe("predict", str(out / "model"), str(image), "--classes", str(classes)) == 0
+    shown = capsys.readouterr().out
+    assert "DIGIT ONE" in shown
+    assert "DIGIT TWO" in shown
+
+    # Nothing is lost: a folder with a run in it is kept unless told otherwise, one with anything else always.
+    again = ("simulate", "--preset", str(preset), "--out", str(out), "--backend", "local")
+    assert run_metamoe(*again) == InvalidSettingError.exit_code
+    assert "--overwrite" in capsys.readouterr().err
+    (out / "thesis.tex").write_text("years of work")
+    assert run_metamoe(*again, "--overwrite") == InvalidSettingError.exit_code
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (out / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["simulate", "--preset", "none"], PresetNotFoundError.exit_code, "none"),
+        (["simulate", "--set", "nonsense=1"], UnknownSettingError.exit_code, "nonsense"),
+        (["simulate", "--set", "proxies.count=3000"], ProxyCountError.exit_code, "3000"),
+        (["simulate", "--clients", "0"], InvalidSettingError.exit_code, "clients = 0"),
+        (["simulate", "--set", "data.domains=['runes']", "--backend", "local"], InvalidSettingError.exit_code, "runes"),
+        (["simulate", "--set", "proxies.pool=300", "--backend", "local"], ProxyCountError.exit_code, "299 samples"),
+        (["simulate", "--set", "seed-model=nowhere", "--backend", "local"], InputFileError.exit_code, "nowhere"),
+        (["simulate", "--set", "lora.first-layer=9", "--backend", "local"], InvalidSettingError.exit_code, "layers 0 to 1"),
+        (["predict", "nowhere", "image.png"], ModelFileError.exit_code, "nowhere"),
+        (["presets", "none"], PresetNotFoundError.exit_code, "none"),
+        (["simulate", "--backend", "cloud"], 2, "cloud"),
+    ],
+)
+def test_errors_are_one_line_with_their_own_code(
+    arguments: list[str], code: int, message: str, preset: Path, tmp_path: Path, run_metamoe, capsys
+) -> None:
+    if arguments[0] == "simulate":
+        arguments = [*arguments, "--out", str(tmp_path / "out")]
+        if "--preset" not in arguments:
+            arguments += ["--preset", str(preset)]
+        if "proxies.pool=300" in arguments:
+            arguments += ["--set", "data.public-samples=299"]
+    assert run_metamoe(*arguments) == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_files_that_are_no_images_are_named(small: Settings, tmp_path: Path, run_metamoe, capsys) -> None:
+    run_local(small, tmp_path / "out")
+    (tmp_path / "x.png").write_text("not an image")
+    Image.new("L", (5, 5)).save(tmp_path / "tiny.png")
+    assert run_metamoe("predict", str(tmp_path / "out" / "model"), str(tmp_path / "x.png")) == InputFileError.exit_code
+    assert "x.png" in capsys.readouterr().err
+
+
+def test_presets_are_listed(run_metamoe, capsys) -> None:
+    assert run_metamoe("presets") == 0
+    assert "metamoe simulate --preset glyphs" in capsys.readouterr().out
+    assert run_metamoe("presets", "glyphs") == 0
+    assert "[expert-training]" in capsys.readouterr().out
