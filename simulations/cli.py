@@ -65,12 +65,9 @@ def simulate(
 
 
 def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
-    # Imported here, so that help and a wrong setting answer at once.
+    # Imported where they are needed: help and a wrong setting answer at once, and torch is not in memory twice during a run.
     from common.data.datasets import check_domains, load_domain, load_private, load_public
-    from simulations.flower import run_flower
-    from simulations.local import run_local
     from simulations.progress import live
-    from simulations.results import write_results
 
     _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
     check_domains(settings.data)
@@ -81,7 +78,16 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
         for domain in settings.data.domains:
             load_domain(settings.data, domain, "test")
     with live(settings, folder, _console) as board:
-        (run_flower if backend is Backend.ray else run_local)(settings, folder)
+        if backend is Backend.ray:
+            from simulations.flower import run_flower
+
+            run_flower(settings, folder)
+        else:
+            from simulations.local import run_local
+
+            run_local(settings, folder)
+        from simulations.results import write_results
+
         results = write_results(settings, folder, board.evaluation)
     table = Table(title="accuracy on test data, %")
     table.add_column("method")

@@ -169,7 +169,11 @@ def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> Non
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(out)
     CLIPImageProcessorPil(
-        do_resize=False, do_center_crop=False, do_convert_rgb=True, image_mean=[_MEAN] * 3, image_std=[_STD] * 3
+        size={"height": glyphs.SIZE, "width": glyphs.SIZE},
+        do_center_crop=False,
+        do_convert_rgb=True,
+        image_mean=[_MEAN] * 3,
+        image_std=[_STD] * 3,
     ).save_pretrained(out)
 
 

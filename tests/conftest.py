@@ -48,7 +48,9 @@ def seed(seed_folder: Path) -> Seed:
 @pytest.fixture
 def settings() -> Settings:
     """Small numbers everywhere; the tiny seed is passed beside it."""
-    return validated({"clients": 3, "lora": {"rank": 2, "alpha": 4}, "router": {"context": 0.4}})
+    return validated(
+        {"clients": 3, "lora": {"rank": 2, "alpha": 4}, "router": {"context": 0.4}, "router-training": {"supervision": "both"}}
+    )
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_request_survives_the_wire(small: Settings) -> None:
         ({"protocol": 99}, "protocol 99"),
         ({"settings": "not json"}, "not JSON"),
         ({"settings": '{"nonsense": 1}'}, "nonsense"),
-        ({"settings": "[]"}, ""),
+        ({"settings": "[]"}, "settings = "),
         ({"extra": "x"}, "extra"),
     ],
 )

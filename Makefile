@@ -1,0 +1,24 @@
+# Every target makes its own environment in .venv, from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-quick lint
+
+demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
+	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
+
+test: .venv/installed  ## all tests
+	$(BIN)/pytest -q -m "slow or not slow"
+
+test-quick: .venv/installed  ## the tests that need no Flower run
+	$(BIN)/pytest -q
+
+lint: .venv/installed  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

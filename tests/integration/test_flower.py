@@ -1,0 +1,121 @@
+"""Real Flower runs on Ray: the same result as in one process, nothing left behind, failures told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.config import Settings, to_toml
+from common.errors import EmptyPartitionError, MetaMoEError
+from common.model.artifact import load_model
+from simulations.local import run_local
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def preset(small: Settings, tmp_path: Path) -> Path:
+    file = tmp_path / "small.toml"
+    file.write_text(to_toml(small))
+    return file
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Command lines of processes that were started for a run in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            home = process.environ().get("FLWR_HOME", "")
+        except psutil.Error:
+            continue
+        if home.startswith(str(folder)):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def start(*arguments: str, **options) -> subprocess.Popen[str]:
+    command = [str(BIN / "metamoe"), "simulate", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_ray_and_local_agree_to_the_bit_and_nothing_is_left(small: Settings, preset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ray"
+    # From a folder where other packages have our names: they must not be picked up.
+    for name in ("client", "common", "server"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    run = start("--preset", str(preset), "--out", str(out), cwd=tmp_path / "elsewhere")
+    shown, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, shown
+    run_local(small, tmp_path / "local")
+    assert (out / "proxies.json").read_bytes() == (tmp_path / "local" / "proxies.json").read_bytes()
+    hashes = {load_model(tmp_path / name / "model").manifest.model_hash for name in ("ray", "local")}
+    assert len(hashes) == 1
+    results = json.loads((out / "results.json").read_text())
+    assert [client["name"] for client in results["clients"]] == ["digits", "greek", "arrows"]
+    assert left_behind(tmp_path) == []
+
+
+def test_ctrl_c_cleans_up(preset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start("--preset", str(preset), "--out", str(out), "--set", "expert-training.epochs=100000", start_new_session=True)
+    deadline = time.monotonic() + 240
+    events = out / "clients" / "digits" / "events.jsonl"
+    while not events.is_file():
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.5)
+    assert left_behind(tmp_path)
+    os.killpg(run.pid, signal.SIGINT)
+    shown, _ = run.communicate(timeout=120)
+    assert run.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert left_behind(tmp_path) == []
+    assert not (out / "model").exists()
+
+
+def test_a_clients_failure_ends_the_run_with_its_code_and_without_its_text(preset: Path, tmp_path: Path) -> None:
+    # Two clients of one domain at a tiny concentration: one of them has a class or none.
+    out = tmp_path / "run"
+    changes = ["--set", "proxies.count=20", "--set", "data.public-samples=250", "--set", "proxies.pool=251"]
+    run = start("--preset", str(preset), "--out", str(out), *changes)
+    shown, _ = run.communicate(timeout=300)
+    assert run.returncode == 13, shown
+    assert "proxies.pool = 251 is more than the 250 samples" in shown
+    assert left_behind(tmp_path) == []
+    assert EmptyPartitionError.exit_code != MetaMoEError.exit_code
+
+
+def test_flwr_run_works_as_a_flower_user_expects(preset: Path, tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391",
+        "FLWR_LOCAL_CONTROL_API_PORT": "39393",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [str(BIN / "flwr"), "run", ".", "--stream", "--run-config", f'preset="{preset}" out="{out}" set="seed=5"']
+    command += ["--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert (out / "server" / "summary.json").is_file(), done.stdout + done.stderr
+        assert load_model(out / "model").manifest.experts == ["digits", "greek", "arrows"]
+        assert "seed = 5" in (out / "settings.toml").read_text()
+    finally:
+        # Flower leaves its local SuperLink running for the next run; this one is the test's.
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FLWR_HOME") == str(home):
+                    process.kill()
+            except psutil.Error:
+                continue
