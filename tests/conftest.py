@@ -34,9 +34,9 @@ def seed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPConfig(vision_config=vision, text_config=text | special, projection_dim=8)
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
-    )
+    CLIPImageProcessorPil(
+        size={"height": 32, "width": 32}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
     return folder
 
 

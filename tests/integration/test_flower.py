@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from common.config import Settings, to_toml
-from common.errors import EmptyPartitionError, MetaMoEError
+from common.errors import ProxyCountError
 from common.model.artifact import load_model
 from simulations.local import run_local
 
@@ -82,16 +82,14 @@ def test_ctrl_c_cleans_up(preset: Path, tmp_path: Path) -> None:
     assert not (out / "model").exists()
 
 
-def test_a_clients_failure_ends_the_run_with_its_code_and_without_its_text(preset: Path, tmp_path: Path) -> None:
-    # Two clients of one domain at a tiny concentration: one of them has a class or none.
+def test_a_failure_of_the_server_ends_the_run_with_its_reason_and_code(preset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    changes = ["--set", "proxies.count=20", "--set", "data.public-samples=250", "--set", "proxies.pool=251"]
+    changes = ["--set", "data.public-samples=250", "--set", "proxies.pool=251"]
     run = start("--preset", str(preset), "--out", str(out), *changes)
     shown, _ = run.communicate(timeout=300)
-    assert run.returncode == 13, shown
+    assert run.returncode == ProxyCountError.exit_code, shown
     assert "proxies.pool = 251 is more than the 250 samples" in shown
     assert left_behind(tmp_path) == []
-    assert EmptyPartitionError.exit_code != MetaMoEError.exit_code
 
 
 def test_flwr_run_works_as_a_flower_user_expects(preset: Path, tmp_path: Path) -> None:

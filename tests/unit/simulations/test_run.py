@@ -181,7 +181,9 @@ def test_errors_are_one_line_with_their_own_code(
 def test_files_that_are_no_images_are_named(small: Settings, tmp_path: Path, run_metamoe, capsys) -> None:
     run_local(small, tmp_path / "out")
     (tmp_path / "x.png").write_text("not an image")
-    Image.new("L", (5, 5)).save(tmp_path / "tiny.png")
+    # Any size and mode will do.
+    Image.new("RGBA", (70, 51)).save(tmp_path / "large.png")
+    assert run_metamoe("predict", str(tmp_path / "out" / "model"), str(tmp_path / "large.png")) == 0
     assert run_metamoe("predict", str(tmp_path / "out" / "model"), str(tmp_path / "x.png")) == InputFileError.exit_code
     assert "x.png" in capsys.readouterr().err
 
