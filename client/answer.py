@@ -12,7 +12,7 @@ from client.expert import train_expert
 from client.profile import seed_routing_vector
 from common.compute import threads
 from common.config import Settings
-from common.data.datasets import client_names, known_classes, load_private, load_public, public_fingerprint
+from common.data.datasets import known_classes, load_private, load_public, public_fingerprint
 from common.errors import InvalidSettingError, ProtocolError, PublicDataMismatchError, SeedMismatchError
 from common.events import EventLog
 from common.files import replaced_folder, write_json
@@ -43,7 +43,7 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
         raise InvalidSettingError(f"this is client {site.client}, but the run has clients = {settings.clients}")
     seed = load_seed(settings.seed_model)
     _check_common_ground(request, seed)
-    folder = site.state / client_names(settings)[site.client]
+    folder = site.state / settings.client_names[site.client]
     with threads(settings.compute.client_threads):
         match kind:
             case "profile":
@@ -89,7 +89,7 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
 def _deliver(
     seed: Seed, settings: Settings, site: Site, arrays: Mapping[str, np.ndarray], folder: Path
 ) -> dict[str, np.ndarray]:
-    names = client_names(settings)
+    names = settings.client_names
     experts = [
         {matrix: torch.from_numpy(arrays[f"expert.{k}.{matrix}"]) for matrix in expert_shapes(seed, settings.lora)}
         for k in range(settings.clients)

@@ -127,6 +127,16 @@ class Settings(Section):
     router_training: RouterTraining = RouterTraining()
     compute: Compute = Compute()
 
+    def client_domain(self, client: int) -> str:
+        """Domain of client number ``client``: the domains in turn."""
+        return self.data.domains[client % len(self.data.domains)]
+
+    @property
+    def client_names(self) -> list[str]:
+        """The clients' names in order: the domain's, numbered where several clients share one."""
+        domains = [self.client_domain(k) for k in range(self.clients)]
+        return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
+
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.proxies.count > self.proxies.pool:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +12,17 @@ from typing import Any
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to disk, and move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,24 +32,29 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of ``path`` if the block ends well and vanishes if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary, old = _beside(path), _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for entry in [temporary, *temporary.rglob("*")]:
+            _sync(entry)
+        # A folder cannot replace one that is not empty: the old one steps aside, and goes when the new one is in its place.
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            path.rename(old)
+        temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists():
+            old.rename(path)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    _sync(folder)
+def _beside(path: Path) -> Path:
+    """A name of its own in the same folder, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex}")
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from common.config import Settings
-from common.data.datasets import client_names
 from common.errors import MetaMoEError, ProtocolError, RunFailedError
 from common.events import EventLog
 from common.model.seed import Seed
@@ -34,7 +33,7 @@ class Exchange:
     """
 
     def __init__(self, settings: Settings, seed: Seed, public: str, nodes: Sequence[int], ask: Ask, events: EventLog) -> None:
-        self.transfers = [Transfer(name) for name in client_names(settings)]
+        self.transfers = [Transfer(name) for name in settings.client_names]
         self._settings, self._seed, self._public, self._ask, self._events = settings, seed, public, ask, events
         self._nodes = list(nodes)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.compute import threads
 from common.config import Settings
-from common.data.datasets import check_domains, client_names, known_classes, load_public, public_fingerprint
+from common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
 from common.events import EventLog
 from common.files import write_json
 from common.model.artifact import router_arrays, save_model
@@ -36,7 +36,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
     Raises:
         MetaMoEError: one of its kinds, see :class:`server.exchange.Exchange`.
     """
-    events, names = EventLog(out / "events.jsonl"), client_names(settings)
+    events, names = EventLog(out / "events.jsonl"), settings.client_names
     timings: dict[str, float] = {}
     check_domains(settings.data)
     with threads(settings.compute.server_threads):

@@ -5,7 +5,10 @@ import shutil
 import signal
 import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -17,16 +20,34 @@ from rich.table import Table
 from common.config import Settings, load_settings, preset_names, preset_text, to_toml
 from common.errors import InputFileError, InvalidSettingError, MetaMoEError
 from common.files import write_atomically
+from simulations.prepare import prepare
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn experts trained apart into one Mixture-of-Experts, without anybody's data moving.",
+    epilog="METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
 )
+
 _console = Console()
 _errors = Console(stderr=True)
 _RUN = ("settings.toml", "proxies.json", "events.jsonl", "results.json", "report.md", "model", "server", "clients", "flower")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("metamoe-fl"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
 
 
 class Backend(StrEnum):
@@ -65,18 +86,12 @@ def simulate(
 
 
 def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
-    # Imported where they are needed: help and a wrong setting answer at once, and torch is not in memory twice during a run.
-    from common.data.datasets import check_domains, load_domain, load_private, load_public
+    # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
     from simulations.progress import live
 
     _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
-    check_domains(settings.data)
-    with _console.status("preparing data"):
-        load_public(settings.data)
-        for client in range(settings.clients):
-            load_private(settings, client, "train")
-        for domain in settings.data.domains:
-            load_domain(settings.data, domain, "test")
+    with _console.status("preparing data"), ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(prepare, settings).result()
     with live(settings, folder, _console) as board:
         if backend is Backend.ray:
             from simulations.flower import run_flower

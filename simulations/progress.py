@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from common.config import Settings
-from common.data.datasets import client_names
 from common.events import Event, read_events
 
 _STAGES = {
@@ -61,7 +60,7 @@ def live(settings: Settings, out: Path, console: Console) -> Iterator[Board]:
 
 
 def _follow(settings: Settings, out: Path, board: Board, done: threading.Event) -> None:
-    files = {out / "events.jsonl": False} | {out / "clients" / name / "events.jsonl": True for name in client_names(settings)}
+    files = {out / "events.jsonl": False} | {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
     positions = dict.fromkeys(files, 0)
     finished = False
     while not finished:

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from common.compute import threads
 from common.config import Settings
-from common.data.datasets import client_names, load_domain, load_public
+from common.data.datasets import load_domain, load_public
 from common.data.tasks import accuracy, all_pixels, class_logits, class_names, labels_in, text_features
 from common.files import write_atomically, write_json
 from common.model.artifact import load_model
@@ -44,7 +44,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     summary = json.loads((out / "server" / "summary.json").read_text())
     unified = load_model(out / "model").model
     methods: dict[str, Logits] = {ZERO_SHOT: _dense(seed.model)}
-    for name in client_names(settings):
+    for name in settings.client_names:
         expert = load_adapter(out / "server" / "experts" / name)
         methods[f"expert:{name}"] = _dense(with_lora(seed, settings.lora, expert))
     methods[UNIFIED] = unified.logits
@@ -68,7 +68,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
                     public[method] = percent
                 done += 1
             if domain:
-                routing[domain] = dict(zip(client_names(settings), expert_shares(unified, pixels), strict=True))
+                routing[domain] = dict(zip(settings.client_names, expert_shares(unified, pixels), strict=True))
     progress(total, total)
     for by_domain in accuracies.values():
         by_domain["average"] = round(sum(by_domain.values()) / len(by_domain), 2)
@@ -108,7 +108,7 @@ def _dense(model: CLIPModel) -> Logits:
 def report(settings: Settings, results: dict[str, Any]) -> str:
     """results.json for a human reader, in Markdown."""
     domains = list(settings.data.domains)
-    clients = client_names(settings)
+    clients = settings.client_names
     lines = [f"# MetaMoE-FL: preset {settings.preset}, seed {settings.seed}", "", f"Unified model {results['model']}", ""]
     lines += ["## Accuracy on test data, %", ""]
     rows = [

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
@@ -38,9 +38,9 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
     Raises:
         EmptyPartitionError: nothing is left for this client.
     """
-    domain = client_domain(settings, client)
+    domain = settings.client_domain(client)
     data = load_domain(settings.data, domain, split)
-    owners = [k for k in range(settings.clients) if client_domain(settings, k) == domain]
+    owners = [k for k in range(settings.clients) if settings.client_domain(k) == domain]
     if split == "train" and len(owners) > 1:
         rng = np.random.default_rng([settings.seed, settings.data.domains.index(domain)])
         parts = partition(np.asarray(data["label"]), len(owners), settings.data.dirichlet, rng)
@@ -49,7 +49,7 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
         data = _random_part(data, settings.data.private_samples, np.random.default_rng([settings.seed, client]))
     if len(data) == 0:
         raise EmptyPartitionError(
-            f"client {client_names(settings)[client]!r} has no training images: {len(owners)} clients share {domain!r} at "
+            f"client {settings.client_names[client]!r} has no training images: {len(owners)} clients share {domain!r} at "
             f"data.dirichlet = {settings.data.dirichlet}; use fewer clients or a larger value"
         )
     return data
@@ -76,17 +76,6 @@ def known_classes(data: Data) -> list[str]:
     """
     public = load_public(data).features["label"].names
     return list(dict.fromkeys([*public, *(name for domain in data.domains for name in glyphs.class_names(domain))]))
-
-
-def client_domain(settings: Settings, client: int) -> str:
-    """Domain of client number ``client``: the domains in turn."""
-    return settings.data.domains[client % len(settings.data.domains)]
-
-
-def client_names(settings: Settings) -> list[str]:
-    """The clients' names in order: the domain's, numbered where several clients share one."""
-    domains = [client_domain(settings, k) for k in range(settings.clients)]
-    return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
 
 
 def partition(labels: np.ndarray, parts: int, concentration: float, rng: np.random.Generator) -> list[np.ndarray]:
@@ -141,8 +130,7 @@ def _cached(source: str, name: str, make: Callable[[], Dataset]) -> Dataset:
     versions = "-".join(version(package) for package in ("pillow", "matplotlib", "scikit-learn", "numpy"))
     folder = cache_folder() / source / f"{code}-{versions}" / name
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
         disable_progress_bars()
         try:
             make().save_to_disk(temporary)

@@ -12,7 +12,6 @@ from common.config import validated
 from common.data import glyphs
 from common.data.datasets import (
     check_domains,
-    client_names,
     fingerprint,
     known_classes,
     load_domain,
@@ -51,9 +50,9 @@ def test_a_small_concentration_skews_the_classes() -> None:
 
 
 def test_clients_take_the_domains_in_turn() -> None:
-    assert client_names(validated({"clients": 3})) == ["digits", "greek", "arrows"]
-    assert client_names(validated({"clients": 5})) == ["digits-1", "greek-1", "arrows", "digits-2", "greek-2"]
-    assert client_names(validated({"clients": 1})) == ["digits"]
+    assert validated({"clients": 3}).client_names == ["digits", "greek", "arrows"]
+    assert validated({"clients": 5}).client_names == ["digits-1", "greek-1", "arrows", "digits-2", "greek-2"]
+    assert validated({"clients": 1}).client_names == ["digits"]
 
 
 def test_clients_of_a_domain_share_it() -> None:

@@ -1,26 +1,31 @@
 """Whole runs in one process, small but real, and the command around them."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 from PIL import Image
 
 from common.config import Settings, to_toml, validated
 from common.data.datasets import load_domain
 from common.errors import (
+    EmptyPartitionError,
     InputFileError,
     InvalidSettingError,
+    MetaMoEError,
     ModelFileError,
     PresetNotFoundError,
     ProtocolError,
     ProxyCountError,
+    PublicDataMismatchError,
     RunFailedError,
     UnknownSettingError,
 )
 from common.model.artifact import load_model
-from common.wire import encode_reply
+from common.wire import REQUEST, encode_reply
 from server.stages import run_stages
 from simulations.local import run_local
 from simulations.results import write_results
@@ -98,6 +103,17 @@ def test_a_client_that_lies_or_is_silent_is_named(small: Settings, tmp_path: Pat
     with pytest.raises(RunFailedError, match="client digits"):
         run_stages(small, [0, 1, 2], twins, tmp_path)
 
+    def elsewhere(kind, requests):
+        for node, content in requests.items():
+            content[REQUEST] = ConfigRecord({**content.config_records[REQUEST], "public": "0" * 64})
+            try:
+                yield node, respond(kind, content, Site(node, tmp_path))
+            except MetaMoEError as error:
+                yield node, error
+
+    with pytest.raises(PublicDataMismatchError, match="node 0 could not answer 'profile'"):
+        run_stages(small, [0, 1, 2], elsewhere, tmp_path)
+
     def silent(kind, requests):
         for node, content in requests.items():
             if kind == "profile" or node != 1:
@@ -157,6 +173,11 @@ def test_the_command_from_simulation_to_prediction(preset: Path, tmp_path: Path,
         (["simulate", "--set", "proxies.pool=300", "--backend", "local"], ProxyCountError.exit_code, "299 samples"),
         (["simulate", "--set", "seed-model=nowhere", "--backend", "local"], InputFileError.exit_code, "nowhere"),
         (["simulate", "--set", "lora.first-layer=9", "--backend", "local"], InvalidSettingError.exit_code, "layers 0 to 1"),
+        (
+            ["simulate", "--clients", "300", "--set", "data.domains=['digits']", "--set", "data.dirichlet=0.001"],
+            EmptyPartitionError.exit_code,
+            "300 clients share 'digits'",
+        ),
         (["predict", "nowhere", "image.png"], ModelFileError.exit_code, "nowhere"),
         (["presets", "none"], PresetNotFoundError.exit_code, "none"),
         (["simulate", "--backend", "cloud"], 2, "cloud"),
@@ -188,7 +209,9 @@ def test_files_that_are_no_images_are_named(small: Settings, tmp_path: Path, run
     assert "x.png" in capsys.readouterr().err
 
 
-def test_presets_are_listed(run_metamoe, capsys) -> None:
+def test_presets_and_version_are_shown(run_metamoe, capsys) -> None:
+    assert run_metamoe("--version") == 0
+    assert capsys.readouterr().out.strip() == version("metamoe-fl")
     assert run_metamoe("presets") == 0
     assert "metamoe simulate --preset glyphs" in capsys.readouterr().out
     assert run_metamoe("presets", "glyphs") == 0
