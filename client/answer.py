@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from client.deliver import store_and_evaluate
-from client.expert import train_expert
+from client.expert import expert_routing_vectors, train_expert
 from client.profile import seed_routing_vector
 from common.compute import threads
 from common.config import Settings
@@ -72,18 +73,16 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     public = load_public(settings.data)
     if ids.min() < 0 or ids.max() >= len(public):
         raise ProtocolError(f"proxies has rows {ids.min()} to {ids.max()}, but the public set has {len(public)}")
-    expert, vectors = train_expert(
-        seed,
-        settings,
-        site.client,
-        load_private(settings, site.client, "train"),
-        public.select(ids),
-        lambda done, total: events("expert", done, total, name),
-    )
+    private, proxies = load_private(settings, site.client, "train"), public.select(ids)
+    progress = partial(events, "expert", client=name)
+    expert = train_expert(seed, settings, site.client, private, proxies, progress)
     with replaced_folder(folder / "expert") as new:
         save_adapter(new, seed, settings.lora, expert)
         write_json(new / "proxies.json", ids.tolist())
-    return {name: tensor.numpy() for name, tensor in expert.items()} | {"routing-vectors": vectors}
+    arrays = {name: tensor.numpy() for name, tensor in expert.items()}
+    if settings.router.vectors == "private":
+        arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, private, proxies)
+    return arrays
 
 
 def _deliver(

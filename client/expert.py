@@ -1,6 +1,7 @@
 """Stage 2 at the client: a domain expert, trained on private samples and proxies together, and its routing vectors."""
 
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from common.compute import derived_seed
 from common.config import Settings
-from common.data.tasks import all_pixels, class_logits, class_names, label_space, labels_in, text_features
+from common.data.tasks import all_pixels, batches, class_logits, class_names, label_space, labels_in, text_features
 from common.model.lora import Expert, expert_layers, expert_of, rounded, with_lora
 from common.model.routing import routing_vectors
 from common.model.seed import Seed, embed
@@ -24,11 +25,10 @@ def train_expert(
     private: Dataset,
     proxies: Dataset,
     progress: Callable[[int, int], None],
-) -> tuple[Expert, np.ndarray]:
+) -> Expert:
     """Train LoRA on the feed-forward sublayers with cross-entropy against the class names' text features.
 
-    Private and public classes share one label space. The routing vectors are those of the expert as it is sent, rounded to
-    float16.
+    Private and public classes share one label space.
 
     Args:
         seed: the frozen seed.
@@ -39,7 +39,7 @@ def train_expert(
         progress: called with epochs done and in all.
 
     Returns:
-        The expert, float16, and its routing vectors, float32 [L, d].
+        The expert as it is sent, in float16.
     """
     training = settings.expert_training
     space = label_space(class_names(private), class_names(proxies))
@@ -64,10 +64,14 @@ def train_expert(
             optimizer.step()
             schedule.step()
     progress(training.epochs, training.epochs)
+    return rounded(expert_of(model))
 
-    expert = rounded(expert_of(model))
-    vectors = routing_vectors(with_lora(seed, settings.lora, expert), expert_layers(seed, settings.lora), pixels.split(256))
-    return expert, vectors.astype(np.float32)
+
+def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, private: Dataset, proxies: Dataset) -> np.ndarray:
+    """The routing vectors of an expert as it is sent: means over the private samples and the proxies. float32 [L, d]."""
+    paths, model = expert_layers(seed, settings.lora), with_lora(seed, settings.lora, expert)
+    samples = chain(batches(seed, private), batches(seed, proxies))
+    return routing_vectors(model, paths, samples).astype(np.float32)
 
 
 def _rate(step: int, warmup: int, steps: int) -> float:

@@ -147,16 +147,23 @@ class Settings(Section):
         if self.router.top_k > self.clients:
             raise ValueError(f"router.top-k = {self.router.top_k} is more than clients = {self.clients}")
         training = self.router_training.supervision
-        alone = not self.router_training.train_experts
-        if self.router.renormalise and self.router.top_k == 1 and training == "task" and alone:
+        weightless = self.router.renormalise and self.router.top_k == 1
+        if weightless and training == "task":
             raise ValueError(
                 "router.renormalise = true with router.top-k = 1 and router-training.supervision = task: the only weight is "
                 "always 1, so neither rows nor lambda get a gradient; set renormalise = false, or another supervision"
             )
-        if self.router.learn_context and self.router.context == 1 and training == "provenance":
+        weightless = self.router.renormalise and self.router.top_k == 1
+        if weightless and training == "task":
             raise ValueError(
-                "router.context = 1 with router-training.supervision = provenance: at exactly 1 all tokens route alike and "
-                "lambda's gradient is zero; start below 1 or set router.learn-context = false"
+                "router.renormalise = true with router.top-k = 1 and router-training.supervision = task: the only weight is "
+                "always 1, so neither rows nor lambda get a gradient; set renormalise = false, or another supervision"
+            )
+        by_provenance = training == "provenance" or (training == "both" and weightless)
+        if self.router.learn_context and self.router.context == 1 and by_provenance:
+            raise ValueError(
+                f"router.context = 1 with router-training.supervision = {training}: at exactly 1 all tokens route alike and "
+                "lambda gets no gradient from provenance; start below 1 or set router.learn-context = false"
             )
         return self
 
@@ -176,7 +183,10 @@ def preset_text(preset: str) -> str:
     if preset in preset_names():
         return (resources.files("common") / "presets" / f"{preset}.toml").read_text()
     if Path(preset).is_file():
-        return Path(preset).read_text()
+        try:
+            return Path(preset).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSettingError(f"preset {preset!r} cannot be read: {error}") from error
     raise PresetNotFoundError(f"preset {preset!r}: no such file, and the built-in presets are {', '.join(preset_names())}")
 
 

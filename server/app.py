@@ -1,6 +1,5 @@
 """The Flower ServerApp: settings in, strategy started, result written."""
 
-import traceback
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,6 +26,8 @@ def main(grid: Grid, context: Context) -> None:
         # The command that started the run reads this: Flower keeps a failed run's reason to its log.
         write_json(out / "server" / "error.json", {"code": error.exit_code, "message": str(error)})
         raise
-    except Exception:
-        write_json(out / "server" / "error.json", {"code": MetaMoEError.exit_code, "message": traceback.format_exc()})
+    except Exception as error:
+        # Its traceback is in Flower's log.
+        message = f"the server failed with {type(error).__name__}: {error}"
+        write_json(out / "server" / "error.json", {"code": MetaMoEError.exit_code, "message": message})
         raise

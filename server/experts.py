@@ -15,13 +15,14 @@ _VECTORS = "routing_vectors.safetensors"
 
 
 def store_expert(folder: Path, seed: Seed, lora: Lora, arrays: dict[str, np.ndarray]) -> None:
-    """Write a client's reply: the LoRA matrices as a PEFT adapter, the routing vectors beside it."""
-    matrices = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "routing-vectors"}
+    """Write a client's reply: the LoRA matrices as a PEFT adapter, the routing vectors, if it sent any, beside it."""
+    vectors = {name: array for name, array in arrays.items() if name == "routing-vectors"}
+    matrices = {name: torch.from_numpy(array) for name, array in arrays.items() if name not in vectors}
     with replaced_folder(folder) as new:
         save_adapter(new, seed, lora, matrices)
-        save_file({"routing-vectors": arrays["routing-vectors"]}, new / _VECTORS)
+        save_file(vectors, new / _VECTORS)
 
 
-def stored_expert(folder: Path) -> tuple[Expert, np.ndarray]:
-    """Read what :func:`store_expert` wrote: the LoRA matrices, and the routing vectors [L, d]."""
-    return load_adapter(folder), load_file(folder / _VECTORS)["routing-vectors"]
+def stored_expert(folder: Path) -> tuple[Expert, np.ndarray | None]:
+    """Read what :func:`store_expert` wrote: the LoRA matrices, and the routing vectors [L, d] or None."""
+    return load_adapter(folder), load_file(folder / _VECTORS).get("routing-vectors")

@@ -35,7 +35,9 @@ def public_features(seed: Seed, public: Dataset, fingerprint: str, progress: Cal
     """The seed's embedding of every public sample, computed once for this seed and this public set. float32 [n, d],
     memory-mapped.
     """
-    key = hashlib.sha256(f"{seed.fingerprint} {fingerprint}".encode()).hexdigest()[:32]
+    # Library and threads belong to the key: they decide the last digits.
+    made_by = f"{seed.fingerprint} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
+    key = hashlib.sha256(made_by.encode()).hexdigest()[:32]
     file = cache_folder() / "embeddings" / f"{key}.f32"
     shape = (len(public), seed.width)
     if not file.is_file() or file.stat().st_size != 4 * shape[0] * shape[1]:
@@ -56,10 +58,12 @@ def select_proxies(features: np.ndarray, routing_vectors: list[np.ndarray], sett
         settings: count and pool.
 
     Raises:
-        ProxyCountError: the public set is smaller than the pool.
+        ProxyCountError: the public set is not larger than the pool.
     """
-    if settings.pool > len(features):
-        raise ProxyCountError(f"proxies.pool = {settings.pool} is more than the {len(features)} samples of the public set")
+    if settings.pool >= len(features):
+        raise ProxyCountError(
+            f"proxies.pool = {settings.pool} is not less than the {len(features)} samples of the public set; lower it"
+        )
     features = np.asarray(features, dtype=np.float64)
     public_mean, covariance = features.mean(axis=0), shrunk_covariance(features)
     selections = []

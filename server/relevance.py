@@ -41,8 +41,6 @@ def logistic_link(scores: np.ndarray, expected: int) -> np.ndarray:
     Returns:
         float64 [n], in the order of the scores.
     """
-    if not 0 < expected < len(scores):
-        return np.ones(len(scores))
     low, high = -scores.max() - 50.0, -scores.min() + 50.0
     prior = brentq(lambda c: expit(scores + c).sum() - expected, low, high)
     return expit(scores + prior)

@@ -4,9 +4,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from common.compute import threads
 from common.config import Settings
@@ -51,7 +50,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
 
         # 2. For each client, the server picks proxies out of the public set.
         with _timed(timings, "embed"):
-            features = public_features(seed, public, public_hash, lambda done, total: events("embed", done, total))
+            features = public_features(seed, public, public_hash, partial(events, "embed"))
         with _timed(timings, "select"):
             events("select", 0, 1)
             selections = select_proxies(features, routing_vectors, settings.proxies)
@@ -71,8 +70,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         with _timed(timings, "unify"):
             experts, vectors = zip(*map(stored_expert, folders), strict=True)
             proxies = [public.select(s.ids) for s in selections]
-            progress = lambda done, total: events("unify", done, total)  # noqa: E731
-            weights = unify(seed, settings, public, proxies, experts, np.stack(vectors), progress)
+            weights = unify(seed, settings, public, proxies, experts, vectors, partial(events, "unify"))
             manifest = save_model(out / "model", seed, settings, names, known_classes(settings.data), weights)
 
         # 5. The model goes back to every client, who evaluates it where the data is.

@@ -23,7 +23,12 @@ _COVARIANCE_SAMPLES = 4_000
 
 
 def initial_routers(
-    seed: Seed, settings: Settings, public: Dataset, proxies: Sequence[Dataset], experts: Sequence[Expert], vectors: np.ndarray
+    seed: Seed,
+    settings: Settings,
+    public: Dataset,
+    proxies: Sequence[Dataset],
+    experts: Sequence[Expert],
+    vectors: Sequence[np.ndarray | None],
 ) -> list[RouterWeights]:
     """Routers as they start, one for each layer that decides.
 
@@ -32,17 +37,16 @@ def initial_routers(
         public: D0, of which a sample gives the covariance for Fisher rows.
         proxies: each client's.
         experts: each client's.
-        vectors: each client's routing vectors [K, L, d]; used unless ``router.vectors`` is "proxy".
+        vectors: each client's routing vectors [L, d]; without them, the means over its proxies in its expert are taken.
     """
     router = settings.router
     paths = expert_layers(seed, settings.lora)
-    if router.vectors == "proxy":
-        vectors = np.stack(
-            [
-                routing_vectors(with_lora(seed, settings.lora, expert), paths, batches(seed, data))
-                for expert, data in zip(experts, proxies, strict=True)
-            ]
-        )
+    means = np.stack(
+        [
+            routing_vectors(with_lora(seed, settings.lora, expert), paths, batches(seed, data)) if vector is None else vector
+            for expert, data, vector in zip(experts, proxies, vectors, strict=True)
+        ]
+    )
     deciding = paths[:1] if router.decide == "once" else paths
     covariances: list[np.ndarray | None] = [None] * len(deciding)
     if router.rows == "fisher":
@@ -51,8 +55,7 @@ def initial_routers(
         features = torch.cat(list(mean_ffn_inputs(seed.model, deciding, batches(seed, sample)))).numpy()
         covariances = [shrunk_covariance(features[:, layer]) for layer in range(len(deciding))]
     return [
-        RouterWeights(*router_rows(vectors[:, layer], covariance), router.context)
-        for layer, covariance in enumerate(covariances)
+        RouterWeights(*router_rows(means[:, layer], covariance), router.context) for layer, covariance in enumerate(covariances)
     ]
 
 
@@ -119,7 +122,7 @@ def unify(
     public: Dataset,
     proxies: Sequence[Dataset],
     experts: Sequence[Expert],
-    vectors: np.ndarray,
+    vectors: Sequence[np.ndarray | None],
     progress: Callable[[int, int], None],
 ) -> UnifiedWeights:
     """Stage 3 as a whole: initial routers, the unified model, its training, and its weights as they are stored.

@@ -55,8 +55,8 @@ class Manifest(BaseModel):
 
     @property
     def model_hash(self) -> str:
-        """One hash for the whole model: SHA-256 over seed and files."""
-        text = json.dumps([self.seed_fingerprint, self.experts, sorted(self.files.items())])
+        """One hash for the whole model: SHA-256 over the manifest, but for where its seed was found."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"seed_model"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -84,11 +84,11 @@ def test_ctrl_c_cleans_up(preset: Path, tmp_path: Path) -> None:
 
 def test_a_failure_of_the_server_ends_the_run_with_its_reason_and_code(preset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    changes = ["--set", "data.public-samples=250", "--set", "proxies.pool=251"]
+    changes = ["--set", "data.public-samples=250", "--set", "proxies.pool=250"]
     run = start("--preset", str(preset), "--out", str(out), *changes)
     shown, _ = run.communicate(timeout=300)
     assert run.returncode == ProxyCountError.exit_code, shown
-    assert "proxies.pool = 251 is more than the 250 samples" in shown
+    assert "proxies.pool = 250 is not less than the 250 samples" in shown
     assert left_behind(tmp_path) == []
 
 

@@ -47,6 +47,9 @@ def test_equal_models_have_equal_hashes(
 ) -> None:
     again = save_model(tmp_path / "again", seed, small, NAMES, ["a", "b"], weights)
     assert again.model_hash == load_model(folder).manifest.model_hash
+    routed = small.model_copy(update={"router": small.router.model_copy(update={"top_k": 2})})
+    assert save_model(tmp_path / "routed", seed, routed, NAMES, ["a", "b"], weights).model_hash != again.model_hash
+    assert save_model(tmp_path / "named", seed, small, NAMES, ["a", "c"], weights).model_hash != again.model_hash
     weights.routers[0].rows[0, 0] += 1
     other = save_model(tmp_path / "other", seed, small, NAMES, ["a", "b"], weights)
     assert other.model_hash != again.model_hash

@@ -60,9 +60,13 @@ def test_wrong_settings_are_named(override: str, error: type[MetaMoEError], mess
 
 def test_a_lambda_that_could_not_learn_is_refused() -> None:
     changes = ["router.context=1", "router-training.supervision=provenance"]
-    with pytest.raises(InvalidSettingError, match="gradient is zero"):
+    with pytest.raises(InvalidSettingError, match="no gradient from provenance"):
         load_settings("glyphs", changes)
     load_settings("glyphs", [*changes, "router.learn-context=false"])
+    both = ["router.context=1", "router-training.supervision=both"]
+    load_settings("glyphs", both)
+    with pytest.raises(InvalidSettingError, match="no gradient from provenance"):
+        load_settings("glyphs", [*both, "router.renormalise=true"])
 
 
 def test_missing_and_broken_presets(tmp_path: Path) -> None:

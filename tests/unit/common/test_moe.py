@@ -210,8 +210,7 @@ def proxies(clients: int) -> list:
     return [Dataset.from_dict({"image": images(4), "label": [0, 1, 2, k]}, features=features) for k in range(clients)]
 
 
-def test_mean_over_images_of_any_shape(seed: Seed, settings: Settings) -> None:
-    """One token's own part matters while lambda is below one."""
+def test_tokens_of_one_image_decide_apart_below_lambda_one(seed: Seed, settings: Settings) -> None:
     model = build(seed, settings)
     decisions: list[Tensor] = model(random_pixels(1))[1]
     assert decisions[0].std(dim=1).max() > 0

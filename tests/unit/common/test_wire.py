@@ -58,6 +58,11 @@ def lying(data: bytes) -> Array:
     return Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
 
 
+def forged(header: bytes) -> Array:
+    """An npy file with any header text."""
+    return lying(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+
+
 GOOD = npy(np.zeros(3, dtype=np.float32))
 
 
@@ -71,12 +76,16 @@ GOOD = npy(np.zeros(3, dtype=np.float32))
         (reply(vector=np.float32(1)), r"\[\]"),
         (reply(vector=np.array([0, np.nan, 0], dtype=np.float32)), "not finite"),
         (reply(vector=np.array([0, np.inf, 0], dtype=np.float32)), "not finite"),
-        (reply(vector=lying(archive())), "not in npy format"),
-        (reply(vector=lying(npy(np.zeros(10**6, dtype=np.float32)))), "1000000"),
-        (reply(vector=lying(npy(np.array([{}, {}, {}])))), "object"),
+        (reply(vector=lying(archive())), "npy header"),
+        (reply(vector=lying(npy(np.zeros(10**6, dtype=np.float32)))), "npy header"),
+        (reply(vector=lying(npy(np.array([{}, {}, {}])))), "npy header"),
+        (reply(vector=forged(b"{")), "npy header"),
+        (reply(vector=forged(b"{[]: 1}")), "npy header"),
+        (reply(vector=forged(b"{'descr': ('<f4',), 'fortran_order': False, 'shape': (3,), }")), "npy header"),
+        (reply(vector=forged(b"-" * 9_000)), "npy header"),
         (reply(vector=lying(GOOD + b"smuggled")), "20 bytes"),
         (reply(vector=lying(GOOD[:-1])), "11 bytes"),
-        (reply(vector=lying(b"")), "not in npy format"),
+        (reply(vector=lying(b"")), "npy header"),
         (reply(vector=Array(dtype="float32", shape=(3,), stype="torch", data=GOOD)), "vector"),
         (RecordDict({ARRAYS: ArrayRecord({"client": Array(np.array(1))})}), "'vector' is missing"),
         (RecordDict({**reply(), "metrics": MetricRecord({"loss": 1.0})}), "undeclared record 'metrics'"),
@@ -114,7 +123,7 @@ def test_no_bytes_crash_the_decoder(data: bytes) -> None:
 def test_only_the_declared_form_passes(array: np.ndarray) -> None:
     try:
         decoded = decode_arrays(reply(vector=array), DECLARED)
-    except (ProtocolError, ValueError):
+    except ProtocolError:
         return
     assert array.dtype == np.float32
     assert array.shape == (3,)

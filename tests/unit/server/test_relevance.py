@@ -41,7 +41,3 @@ def test_link_keeps_the_order_and_sums_to_the_pool() -> None:
     assert relevance.sum() == pytest.approx(50, abs=1e-3)
     assert (np.diff(relevance[np.argsort(scores)]) >= 0).all()
     assert np.isfinite(np.log(relevance[np.argsort(-scores)[:50]])).all()
-
-
-def test_everything_is_relevant_when_everything_is_wanted() -> None:
-    assert (logistic_link(random_features(10, 1)[:, 0], 10) == 1).all()
