@@ -108,6 +108,7 @@ class Compute(Section):
     client_threads: Count = 1
     server_threads: Count = 2
     parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
+    connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
 
 

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
+
+def cache_folder() -> Path:
+    """Where data that can be made again is kept: ``$METAMOE_CACHE`` or the user's cache folder."""
+    return Path(os.environ.get("METAMOE_CACHE") or user_cache_path("metamoe")).absolute()
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to disk, and move it there."""

@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 
 from common.config import Proxies
-from common.data.datasets import cache_folder
 from common.data.tasks import batches
 from common.errors import ProxyCountError
-from common.files import write_atomically
+from common.files import cache_folder, write_atomically
 from common.fisher import shrunk_covariance
 from common.model.seed import Seed, embed
 from server.dpp import greedy_map

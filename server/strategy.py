@@ -39,13 +39,17 @@ class MetaMoE(Strategy):
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Wait until as many clients are connected as the settings say."""
-        wanted, deadline = self.settings.clients, time.monotonic() + self.settings.compute.timeout
+        remedy = (
+            f"the settings say clients = {self.settings.clients}: change one or the other (flwr run . "
+            f"--federation-config num-supernodes={self.settings.clients}), or raise compute.connect-timeout"
+        )
+        wanted, deadline = self.settings.clients, time.monotonic() + self.settings.compute.connect_timeout
         while len(nodes := sorted(grid.get_node_ids())) < wanted:
             if time.monotonic() > deadline:
-                raise RunFailedError(f"{len(nodes)} clients are connected, clients = {wanted} are needed")
+                raise RunFailedError(f"only {len(nodes)} clients are connected; {remedy}")
             time.sleep(_POLL_SECONDS)
         if len(nodes) > wanted:
-            raise RunFailedError(f"{len(nodes)} clients are connected, but the settings say clients = {wanted}")
+            raise RunFailedError(f"{len(nodes)} clients are connected; {remedy}")
         return nodes
 
     def _ask(

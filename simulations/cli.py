@@ -80,7 +80,15 @@ def simulate(
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = load_settings(preset, overrides)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
-    _prepare(folder, overwrite)
+    _check_folder(folder, overwrite)
+    if settings.seed_model != "glyphs":
+        # The run's processes work in other folders than this one.
+        settings = settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+    _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
+    with _console.status("preparing data"), ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(prepare, settings).result()
+    # Only now, when nothing more can be found wrong at once, does an earlier run go.
+    _clear_folder(folder)
     write_atomically(folder / "settings.toml", to_toml(settings))
     _simulate(settings, folder, backend)
 
@@ -89,9 +97,6 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
     # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
     from simulations.progress import live
 
-    _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
-    with _console.status("preparing data"), ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(prepare, settings).result()
     with live(settings, folder, _console) as board:
         if backend is Backend.ray:
             from simulations.flower import run_flower
@@ -151,24 +156,33 @@ def presets(
     _console.print(table)
 
 
-def _prepare(folder: Path, overwrite: bool) -> None:
-    """Make the run folder; an earlier run is removed only on demand, and nothing but a run ever is."""
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise unless the folder can take a run: it is new or empty, or holds a run that may go, and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise InputFileError(f"--out {folder} is a file; give a folder")
     present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if present and not overwrite:
         raise InvalidSettingError(f"--out {folder} is not empty; give another folder, or --overwrite to replace the run in it")
-    if others := sorted(present - set(_RUN)):
+    if present and "settings.toml" not in present:
+        raise InvalidSettingError(f"--out {folder} is not empty and not a run, as it has no settings.toml; give another folder")
+    # A write that was killed leaves a name of this form.
+    if others := sorted(n for n in present - set(_RUN) if not n.startswith(tuple(f".{part}-" for part in _RUN))):
         raise InvalidSettingError(f"--out {folder} holds {others[0]!r}, which is not part of a run; give another folder")
-    for name in present:
-        entry = folder / name
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _clear_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except OSError as error:
+        raise InputFileError(f"--out {folder} cannot be used: {error}") from error
 
 
 def main() -> None:
-    """Entry point: run the command; an expected error is one line and its exit code, a traceback only with METAMOE_DEBUG=1."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Entry point: run the command; an expected error is one line and its exit code, an interrupt ends with 130."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, _interrupt)
     try:
         app()
     except MetaMoEError as error:
@@ -176,9 +190,6 @@ def main() -> None:
             traceback.print_exc()
         _errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _errors.print("interrupted")
-        sys.exit(130)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ import tomli_w
 
 from common.config import Settings, to_toml
 from common.errors import RunFailedError, by_code
-from common.files import write_atomically
+from common.files import cache_folder, write_atomically
 
 _POLL_SECONDS = 2.0
 _START_SECONDS = 60
@@ -88,6 +88,7 @@ def _write_app(folder: Path) -> Path:
 def _environment(home: Path) -> dict[str, str]:
     return os.environ | {
         "FLWR_HOME": str(home),
+        "METAMOE_CACHE": str(cache_folder()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",

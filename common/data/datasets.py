@@ -1,7 +1,6 @@
 """The public set and the clients' private sets as ``datasets.Dataset``: loading, caching, partition, content hash."""
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -11,16 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
-from platformdirs import user_cache_path
 
 from common.config import Data, Settings
 from common.data import glyphs
 from common.errors import EmptyPartitionError, InvalidSettingError
-
-
-def cache_folder() -> Path:
-    """Where data that can be made again is kept: ``$METAMOE_CACHE`` or the user's cache folder."""
-    return Path(os.environ.get("METAMOE_CACHE") or user_cache_path("metamoe"))
+from common.files import cache_folder
 
 
 @lru_cache(maxsize=2)

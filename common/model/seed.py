@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
@@ -57,19 +58,18 @@ def load_seed(reference: str) -> Seed:
     folder = Path(str(packaged)) if reference == "glyphs" else Path(reference)
     if not (folder / "config.json").is_file():
         raise InputFileError(f'seed-model = {reference!r}: {folder} holds no config.json; give "glyphs" or a model\'s folder')
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind != "clip":
-        raise InputFileError(f"seed-model = {reference!r} is a {kind!r} model; supported are: clip")
     transformers_logging.disable_progress_bar()
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    seed = Seed(
-        reference,
-        model,
-        AutoTokenizer.from_pretrained(folder),
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
-    )
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "clip":
+            raise InputFileError(f"seed-model = {reference!r} is a {kind!r} model; supported are: clip")
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputFileError(f"seed-model = {reference!r}: {folder} cannot be loaded: {error}") from error
     ffn_paths(model)
-    return seed
+    return Seed(reference, model, tokenizer, processor)
 
 
 def ffn_paths(model: nn.Module) -> list[str]:

@@ -1,11 +1,13 @@
 """The ClientApp with real messages: what leaves a client, and what does not."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -13,10 +15,21 @@ from client import answer as answers
 from client.app import app
 from client.egress import guard
 from common.config import Settings, validated
-from common.data.datasets import public_fingerprint
+from common.data.datasets import load_private, public_fingerprint
+from common.data.tasks import batches
 from common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
-from common.model.seed import load_seed
-from common.wire import ARRAYS, CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind, Request, decode_reply, encode_request, reply_artifacts
+from common.model.seed import embed, load_seed
+from common.wire import (
+    ARRAYS,
+    CLIENT_ERROR_CODE,
+    MESSAGE_TYPE,
+    Kind,
+    Request,
+    decode_reply,
+    encode_request,
+    reply_artifacts,
+    request_artifacts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +64,12 @@ def test_a_profile_is_the_mean_embedding_and_the_clients_number(small: Settings,
     assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector"}
     arrays = decode_reply(reply.content, reply_artifacts("profile", small, load_seed(small.seed_model)))
     assert arrays["client"] == 1
+    # The last of these batches is smaller than the others.
+    seed, private = load_seed(small.seed_model), load_private(small, 1, "train")
+    with torch.inference_mode():
+        embedded = torch.cat([embed(seed.model, batch) for batch in batches(seed, private, 7)])
+    np.testing.assert_allclose(arrays["seed-routing-vector"], embedded.double().mean(0), atol=1e-5)
+    assert np.abs(arrays["seed-routing-vector"]).max() > 0.1
 
 
 def test_an_expert_reply_holds_the_declared_arrays_and_nothing_else(small: Settings, tmp_path: Path) -> None:
@@ -63,6 +82,30 @@ def test_an_expert_reply_holds_the_declared_arrays_and_nothing_else(small: Setti
     # It trained: B starts at zero.
     assert all(np.abs(array).max() > 0 for name, array in arrays.items() if "lora_B" in name)
     assert (tmp_path / "clients" / "digits" / "expert" / "adapter_model.safetensors").is_file()
+
+
+def test_with_proxy_vectors_no_routing_vectors_leave(small: Settings, tmp_path: Path) -> None:
+    values = small.model_dump()
+    values["router"]["vectors"] = "proxy"
+    arrays = ask("expert", validated(values), tmp_path).content[ARRAYS]
+    assert arrays
+    assert all(".lora_" in name for name in arrays)
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_after_delivery_nothing_leaves_but_the_accuracy_if_it_may(small: Settings, tmp_path: Path, report: bool) -> None:
+    settings = small.model_copy(update={"report_accuracy": report})
+    seed = load_seed(settings.seed_model)
+    artifacts = request_artifacts("deliver", settings, seed)
+    arrays = {a.name: np.full(a.shape, 0.01, a.dtype) for a in artifacts}
+    reply = ask("deliver", settings, tmp_path, arrays=arrays)
+    own = json.loads((tmp_path / "clients" / "digits" / "accuracy.json").read_text())["accuracy"]
+    if report:
+        assert set(reply.content) == {ARRAYS}
+        assert set(reply.content[ARRAYS]) == {"accuracy"}
+        assert reply.content[ARRAYS]["accuracy"].numpy() == np.float32(own)
+    else:
+        assert len(reply.content) == 0
 
 
 def test_sizes_do_not_tell_how_much_data_there_is(small: Settings, tmp_path: Path) -> None:

@@ -161,6 +161,14 @@ def test_the_command_from_simulation_to_prediction(preset: Path, tmp_path: Path,
     assert "thesis.tex" in capsys.readouterr().err
     assert (out / "results.json").is_file()
 
+    # What a killed write left goes with the run; a run stays if its successor could not start.
+    (out / "thesis.tex").unlink()
+    (out / ".model-0123").mkdir()
+    assert run_metamoe(*again, "--overwrite", "--set", "data.domains=['runes']") == InvalidSettingError.exit_code
+    assert (out / "results.json").is_file()
+    assert run_metamoe(*again, "--overwrite") == 0
+    assert not (out / ".model-0123").exists()
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -197,6 +205,16 @@ def test_errors_are_one_line_with_their_own_code(
     assert message in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_cleared(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    arguments = ("simulate", "--preset", str(preset), "--backend", "local", "--overwrite", "--out")
+    assert run_metamoe(*arguments, str(tmp_path / "mine")) == InvalidSettingError.exit_code
+    assert "not a run" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "model").is_dir()
+    assert run_metamoe(*arguments, str(preset)) == InputFileError.exit_code
+    assert run_metamoe(*arguments, "/proc/nothing") == InputFileError.exit_code
 
 
 def test_files_that_are_no_images_are_named(small: Settings, tmp_path: Path, run_metamoe, capsys) -> None:
