@@ -1,7 +1,6 @@
 """A client's answer to the server: check the common ground, then do what the stage asks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from client.deliver import store_and_evaluate
 from client.expert import expert_routing_vectors, train_expert
 from client.profile import seed_routing_vector
+from client.site import Site
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import known_classes, load_private, load_public, public_fingerprint
@@ -21,14 +21,6 @@ from common.model.artifact import UnifiedWeights, routers_from
 from common.model.lora import expert_shapes, save_adapter
 from common.model.seed import Seed, load_seed
 from common.wire import Kind, Request
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a client knows about itself: its number in the federation and its own folder."""
-
-    client: int
-    state: Path
 
 
 def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:

@@ -1,12 +1,11 @@
 """The Flower ClientApp: decode, answer, encode."""
 
-from pathlib import Path
-
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.answer import Site, answer
+from client.answer import answer
 from client.egress import guard
+from client.site import Site, site_of
 from common.wire import MESSAGE_TYPE, Kind, decode_request, encode_reply
 
 
@@ -15,28 +14,22 @@ def respond(kind: Kind, content: RecordDict, site: Site) -> RecordDict:
     return encode_reply(answer(kind, decode_request(kind, content), site))
 
 
-def site_of(context: Context) -> Site:
-    """Where this client runs: node config first; in a simulation its folder lies in the run's."""
-    state = context.node_config.get("state-dir") or Path(str(context.run_config["out"])) / "clients"
-    return Site(int(context.node_config["partition-id"]), Path(str(state)))
-
-
 app = ClientApp(mods=[guard])
 
 
 @app.query(MESSAGE_TYPE["profile"].partition(".")[2])
 def profile(message: Message, context: Context) -> Message:
     """Stage 1."""
-    return Message(respond("profile", message.content, site_of(context)), reply_to=message)
+    return Message(respond("profile", message.content, site_of(context.node_config, context.run_config)), reply_to=message)
 
 
 @app.train(MESSAGE_TYPE["expert"].partition(".")[2])
 def expert(message: Message, context: Context) -> Message:
     """Stage 2."""
-    return Message(respond("expert", message.content, site_of(context)), reply_to=message)
+    return Message(respond("expert", message.content, site_of(context.node_config, context.run_config)), reply_to=message)
 
 
 @app.evaluate(MESSAGE_TYPE["deliver"].partition(".")[2])
 def deliver(message: Message, context: Context) -> Message:
     """After stage 3."""
-    return Message(respond("deliver", message.content, site_of(context)), reply_to=message)
+    return Message(respond("deliver", message.content, site_of(context.node_config, context.run_config)), reply_to=message)

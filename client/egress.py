@@ -1,15 +1,14 @@
 """The edge of a client: what is not declared in ``common/wire.py`` does not leave, and no exception's text does."""
 
-import logging
+import traceback
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
+from client.site import site_of
 from common.errors import MetaMoEError
 from common.model.seed import load_seed
 from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind, decode_reply, decode_request, reply_artifacts
-
-_log = logging.getLogger(__name__)
 
 
 def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -24,7 +23,10 @@ def guard(message: Message, context: Context, call_next: ClientAppCallable) -> M
         decode_reply(reply.content, reply_artifacts(kind, settings, load_seed(settings.seed_model)))
         return reply
     except Exception as error:
-        _log.exception("this client could not answer %s", message.metadata.message_type)
+        site = site_of(context.node_config, context.run_config)
+        site.state.mkdir(parents=True, exist_ok=True)
+        with site.log.open("a") as log:
+            log.write(f"could not answer {message.metadata.message_type}\n{traceback.format_exc()}\n")
         code = error.exit_code if isinstance(error, MetaMoEError) else MetaMoEError.exit_code
         return Message(Error(CLIENT_ERROR_CODE + code, ""), reply_to=message)
 

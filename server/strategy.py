@@ -94,5 +94,5 @@ def _failure(reply: Message) -> MetaMoEError:
     if code >= CLIENT_ERROR_CODE:
         kind = by_code(code - CLIENT_ERROR_CODE)
         summary = (kind.__doc__ or kind.__name__).strip().splitlines()[0]
-        return kind(f"{kind.__name__}: {summary} The client's log has the details.")
+        return kind(f"{kind.__name__}: {summary} The reason is in the client's own log, client-N.log in its folder.")
     return RunFailedError(f"Flower reports error {code}: {(reply.error.reason or 'no reason given').strip()}")

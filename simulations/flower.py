@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-from common.config import Settings, to_toml
+from common.config import Settings
 from common.errors import RunFailedError, by_code
 from common.files import cache_folder, write_atomically
 
-_POLL_SECONDS = 2.0
+_POLL_SECONDS = 0.5
+_STATUS_SECONDS = 15
 _START_SECONDS = 60
 _STOP_SECONDS = 15
 _CONNECTION = "simulation"
@@ -26,6 +27,8 @@ _CONNECTION = "simulation"
 
 def run_flower(settings: Settings, out: Path) -> None:
     """Run the federation on Ray through Flower; logs and Flower's own files go to ``out/flower``.
+
+    The server reads its settings from ``out/settings.toml``, which must be there.
 
     Args:
         settings: of the run.
@@ -37,8 +40,7 @@ def run_flower(settings: Settings, out: Path) -> None:
     """
     home = out / "flower"
     app = _write_app(home / "metamoe-app")
-    preset = out / "settings.toml"
-    write_atomically(preset, to_toml(settings))
+    error = out / "server" / "error.json"
     environment = _environment(home)
     with _superlink(home, environment) as port:
         connection = {"address": f"127.0.0.1:{port}", "insecure": True}
@@ -51,15 +53,13 @@ def run_flower(settings: Settings, out: Path) -> None:
             str(app),
             _CONNECTION,
             "--run-config",
-            f"preset={json.dumps(str(preset))} out={json.dumps(str(out))}",
+            f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))}",
             "--federation-config",
             f"num-supernodes={settings.clients} client-resources-num-cpus=1 "
             f"init-args-num-cpus={settings.compute.parallel_clients}",
         )
         run_id = submitted["run-id"]
-        while (status := _status(environment, home, run_id)).partition(":")[0] != "finished":
-            time.sleep(_POLL_SECONDS)
-    error = out / "server" / "error.json"
+        status = _finished(environment, home, run_id, (error, out / "server" / "summary.json"))
     if error.is_file():
         values = json.loads(error.read_text())
         raise by_code(values["code"])(values["message"])
@@ -144,9 +144,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(alive, _STOP_SECONDS)
 
 
-def _status(environment: dict[str, str], home: Path, run_id: str) -> str:
-    runs = _flwr(environment, home, "list", _CONNECTION, "--run-id", run_id)["runs"]
-    return str(runs[0]["status"])
+def _finished(environment: dict[str, str], home: Path, run_id: str, signs: Sequence[Path]) -> str:
+    """Wait for the end of a run; its status. Flower is asked seldom, as each question costs a second of CPU, unless there
+    are signs.
+    """
+    while True:
+        status = str(_flwr(environment, home, "list", _CONNECTION, "--run-id", run_id)["runs"][0]["status"])
+        if status.startswith("finished"):
+            return status
+        deadline = time.monotonic() + _STATUS_SECONDS
+        while time.monotonic() < deadline and not any(sign.is_file() for sign in signs):
+            time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _flwr(environment: dict[str, str], home: Path, *arguments: str) -> dict:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from client.answer import Site
 from client.app import respond
+from client.site import Site
 from common.config import Settings
 from common.errors import MetaMoEError
 from common.wire import Kind, RecordDict

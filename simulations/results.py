@@ -110,7 +110,12 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
     domains = list(settings.data.domains)
     clients = settings.client_names
     lines = [f"# MetaMoE-FL: preset {settings.preset}, seed {settings.seed}", "", f"Unified model {results['model']}", ""]
-    lines += ["## Accuracy on test data, %", ""]
+    lines += [
+        "## Accuracy on test data, %",
+        "",
+        "Each image is named among its own domain's classes, the public ones among all public classes.",
+        "",
+    ]
     rows = [
         [method, *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]), f"{results['public_accuracy'][method]:.1f}"]
         for method, by_domain in results["accuracy"].items()

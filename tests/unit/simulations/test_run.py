@@ -79,8 +79,8 @@ def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small
 
 
 def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Path) -> None:
-    from client.answer import Site
     from client.app import respond
+    from client.site import Site
 
     def backwards(kind, requests):
         for node in reversed(requests):
@@ -93,8 +93,8 @@ def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Pat
 
 
 def test_a_client_that_lies_or_is_silent_is_named(small: Settings, tmp_path: Path) -> None:
-    from client.answer import Site
     from client.app import respond
+    from client.site import Site
 
     def twins(kind, requests):
         for node, content in requests.items():
