@@ -40,11 +40,13 @@ def public_features(seed: Seed, public: Dataset, fingerprint: str, progress: Cal
     file = cache_folder() / "embeddings" / f"{key}.f32"
     shape = (len(public), seed.width)
     if not file.is_file() or file.stat().st_size != 4 * shape[0] * shape[1]:
-        parts = []
+        # In one block: small results kept between large temporaries would hold the heap open, by hundreds of megabytes.
+        features, done = np.empty(shape, dtype=np.float32), 0
         for batch in batches(seed, public, _BATCH):
-            parts.append(embed(seed.model, batch).numpy())
-            progress(sum(map(len, parts)), len(public))
-        write_atomically(file, np.concatenate(parts).tobytes())
+            features[done : done + len(batch)] = embed(seed.model, batch).numpy()
+            done += len(batch)
+            progress(done, len(public))
+        write_atomically(file, features.tobytes())
     return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
 
 
