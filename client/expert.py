@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from common.compute import derived_seed
 from common.config import Settings
-from common.data.tasks import all_pixels, batches, class_logits, class_names, label_space, labels_in, text_features
+from common.data.datasets import label_space
+from common.data.tasks import all_pixels, batches, class_logits, class_names, labels_in, text_features
 from common.model.lora import Expert, expert_layers, expert_of, rounded, with_lora
 from common.model.routing import routing_vectors
 from common.model.seed import Seed, embed

@@ -1,7 +1,7 @@
 """The errors a user or an operator can meet, each with its own exit code.
 
-The same code, and never the text, is what a failing client sends (``client/app.py``): an exception's message may quote private
-data.
+The same code, and never the text, is what a failing client sends (``client/egress.py``): an exception's message may quote
+private data.
 """
 
 

@@ -30,9 +30,7 @@ class MetaMoE(Strategy):
     def __init__(self, settings: Settings, out: Path) -> None:
         self.settings, self.out = settings, out
 
-    def start(  # type: ignore[override]
-        self, grid: Grid
-    ) -> None:
+    def start(self, grid: Grid) -> None:  # type: ignore[override]
         """Run the stages; see :func:`server.stages.run_stages` for what is written and raised."""
         nodes = self._nodes(grid)
         run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out)

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +69,12 @@ def known_classes(data: Data) -> list[str]:
     among.
     """
     public = load_public(data).features["label"].names
-    return list(dict.fromkeys([*public, *(name for domain in data.domains for name in glyphs.class_names(domain))]))
+    return label_space(public, *map(glyphs.class_names, data.domains))
+
+
+def label_space(*parts: Sequence[str]) -> list[str]:
+    """One list of class names for several data sets: the union, in order of first appearance."""
+    return list(dict.fromkeys(name for names in parts for name in names))
 
 
 def partition(labels: np.ndarray, parts: int, concentration: float, rng: np.random.Generator) -> list[np.ndarray]:

@@ -33,11 +33,6 @@ def class_names(dataset: Dataset) -> list[str]:
     return list(dataset.features["label"].names)
 
 
-def label_space(*parts: Sequence[str]) -> list[str]:
-    """One list of class names for several data sets: the union, in order of first appearance."""
-    return list(dict.fromkeys(name for names in parts for name in names))
-
-
 def labels_in(dataset: Dataset, space: Sequence[str]) -> Tensor:
     """The data set's labels as indices into a label space. int64 [N]."""
     index = {name: i for i, name in enumerate(space)}
