@@ -6,21 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from client.deliver import store_and_evaluate
-from client.expert import expert_routing_vectors, train_expert
-from client.profile import seed_routing_vector
+from client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
+from client.profile import profile
 from client.site import Site
 from common.compute import threads
 from common.config import Settings
-from common.data.datasets import known_classes, load_private, load_public, public_fingerprint
+from common.data.datasets import known_classes, label_space, load_private, load_public, public_fingerprint
+from common.data.tasks import class_names
 from common.errors import InvalidSettingError, ProtocolError, PublicDataMismatchError, SeedMismatchError
 from common.events import EventLog
 from common.files import replaced_folder, write_json
 from common.model.artifact import UnifiedWeights, routers_from
-from common.model.lora import expert_shapes, save_adapter
+from common.model.lora import expert_shapes, load_adapter, save_adapter
 from common.model.seed import Seed, load_seed
-from common.wire import Kind, Request
+from common.wire import Kind, Request, reply_artifacts
 
 
 def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
@@ -55,8 +57,9 @@ def _check_common_ground(request: Request, seed: Seed) -> None:
 
 
 def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray]:
-    private = load_private(settings, site.client, "train")
-    return {"client": np.array(site.client), "seed-routing-vector": seed_routing_vector(seed, private)}
+    private, public = load_private(settings, site.client, "train"), load_public(settings.data)
+    arrays = {"client": np.array(site.client)} | profile(seed, settings, site.client, private, public)
+    return {artifact.name: arrays[artifact.name] for artifact in reply_artifacts("profile", settings, seed)}
 
 
 def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
@@ -65,15 +68,25 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     public = load_public(settings.data)
     if ids.min() < 0 or ids.max() >= len(public):
         raise ProtocolError(f"proxies has rows {ids.min()} to {ids.max()}, but the public set has {len(public)}")
-    private, proxies = load_private(settings, site.client, "train"), public.select(ids)
+    private = load_private(settings, site.client, "train")
+    samples = expert_samples(settings, private, public.select(ids))
+    space = label_space(class_names(private), class_names(public))
     progress = partial(events, "expert", client=name)
-    expert = train_expert(seed, settings, site.client, private, proxies, progress)
-    with replaced_folder(folder / "expert") as new:
-        save_adapter(new, seed, settings.lora, expert)
-        write_json(new / "proxies.json", ids.tolist())
+    stored = folder / "experts" / expert_key(seed, settings, site.client, samples, space)
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    # An expert that was trained before, in another run or by another process just now, is not trained again.
+    with FileLock(f"{stored}.lock"):
+        if stored.is_dir():
+            expert = load_adapter(stored)
+            progress(settings.expert_training.epochs, settings.expert_training.epochs)
+        else:
+            expert = train_expert(seed, settings, site.client, samples, space, progress)
+            with replaced_folder(stored) as new:
+                save_adapter(new, seed, settings.lora, expert)
+                write_json(new / "proxies.json", ids.tolist())
     arrays = {name: tensor.numpy() for name, tensor in expert.items()}
     if settings.router.vectors == "private":
-        arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, private, proxies)
+        arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, samples)
     return arrays
 
 

@@ -1,6 +1,8 @@
 """Stage 2 at the client: a domain expert, trained on private samples and proxies together, and its routing vectors."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -10,48 +12,52 @@ from datasets import Dataset
 
 from common.compute import derived_seed
 from common.config import Settings
-from common.data.datasets import label_space
-from common.data.tasks import all_pixels, batches, class_logits, class_names, labels_in, text_features
-from common.model.lora import Expert, expert_layers, expert_of, rounded, with_lora
-from common.model.routing import routing_vectors
+from common.data.datasets import fingerprint
+from common.data.tasks import all_pixels, batches, class_logits, labels_in, text_features
+from common.model.lora import Expert, expert_of, rounded, with_lora
+from common.model.routing import all_evidence_paths, routing_vectors
 from common.model.seed import Seed, embed
 
 _STAGE = 2
+
+
+def expert_samples(settings: Settings, private: Dataset, proxies: Dataset) -> list[Dataset]:
+    """What an expert is trained on, and its routing vectors are means of: private samples and proxies, or one of them alone."""
+    return {"aligned": [private, proxies], "private": [private], "proxies": [proxies]}[settings.expert_training.samples]
 
 
 def train_expert(
     seed: Seed,
     settings: Settings,
     client: int,
-    private: Dataset,
-    proxies: Dataset,
+    samples: Sequence[Dataset],
+    space: Sequence[str],
     progress: Callable[[int, int], None],
+    start: Expert | None = None,
 ) -> Expert:
     """Train LoRA on the feed-forward sublayers with cross-entropy against the class names' text features.
-
-    Private and public classes share one label space.
 
     Args:
         seed: the frozen seed.
         settings: the run's; ``lora`` and ``expert-training`` apply.
         client: number of the client, for its own stream of random numbers.
-        private: the client's samples.
-        proxies: its public proxies.
+        samples: the data sets of :func:`expert_samples`.
+        space: the class names told apart: private and public ones in one label space, whatever it is trained on.
         progress: called with epochs done and in all.
+        start: the expert to go on from; None for a new one.
 
     Returns:
         The expert as it is sent, in float16.
     """
     training = settings.expert_training
-    space = label_space(class_names(private), class_names(proxies))
     texts = text_features(seed, space, settings.data.prompt)
-    pixels = torch.cat([all_pixels(seed, private), all_pixels(seed, proxies)])
-    labels = torch.cat([labels_in(private, space), labels_in(proxies, space)])
+    pixels = torch.cat([all_pixels(seed, data) for data in samples])
+    labels = torch.cat([labels_in(data, space) for data in samples])
 
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, client))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        model = with_lora(seed, settings.lora)
+        model = with_lora(seed, settings.lora, start)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     steps = -(-len(labels) // training.batch_size) * training.epochs
@@ -68,11 +74,33 @@ def train_expert(
     return rounded(expert_of(model))
 
 
-def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, private: Dataset, proxies: Dataset) -> np.ndarray:
-    """The routing vectors of an expert as it is sent: means over the private samples and the proxies. float32 [L, d]."""
-    paths, model = expert_layers(seed, settings.lora), with_lora(seed, settings.lora, expert)
-    samples = chain(batches(seed, private), batches(seed, proxies))
-    return routing_vectors(model, paths, samples).astype(np.float32)
+def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Dataset], space: Sequence[str]) -> str:
+    """Hash of everything that decides what :func:`train_expert` returns: where it is the same, an expert need not be trained
+    again.
+    """
+    made_of = (
+        seed.fingerprint,
+        settings.lora.model_dump(),
+        settings.expert_training.model_dump(),
+        settings.data.prompt,
+        settings.seed,
+        client,
+        [fingerprint(data) for data in samples],
+        list(space),
+        torch.__version__,
+        torch.get_num_threads(),
+    )
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, samples: Sequence[Dataset]) -> np.ndarray:
+    """The routing vectors of an expert as it is sent: means over what it was trained on, in its own states. float32 [P, d], one
+    for each FFN input that a router looks at.
+    """
+    paths = all_evidence_paths(seed, settings.lora, settings.router)
+    model = with_lora(seed, settings.lora, expert)
+    pixels = chain.from_iterable(batches(seed, data) for data in samples)
+    return routing_vectors(model, paths, pixels).astype(np.float32)
 
 
 def _rate(step: int, warmup: int, steps: int) -> float:

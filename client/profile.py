@@ -1,15 +1,54 @@
-"""Stage 1 at the client: the seed routing vector."""
+"""Stage 1 at the client: what it says about its private samples, as the frozen seed sees them."""
 
 import numpy as np
 import torch
 from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
 
+from common.compute import derived_seed
+from common.config import Settings
 from common.data.tasks import batches
-from common.model.routing import mean_over_samples
-from common.model.seed import Seed, embed
+from common.model.routing import all_evidence_paths, sample_features
+from common.model.seed import Seed
+
+_STAGE = 1
+_NEGATIVES = 2_000
 
 
-@torch.inference_mode()
-def seed_routing_vector(seed: Seed, private: Dataset) -> np.ndarray:
-    """mu_p, the mean of the seed's embedding over the private samples. float32 [d]."""
-    return mean_over_samples(embed(seed.model, batch) for batch in batches(seed, private)).astype(np.float32)
+def profile(seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset) -> dict[str, np.ndarray]:
+    """Everything that a client can say in stage 1; what of it is sent, the settings decide (``common/wire.py``).
+
+    Returns:
+        ``seed-routing-vector`` [d]: mu_p, the mean of the seed's embedding over the private samples; ``seed-ffn-inputs``
+        [P, d]: the means of the FFN inputs at which routers look; ``relevance-classifier`` [d + 1], only if the settings
+        ask for it: see :func:`relevance_classifier`. float32.
+    """
+    features = _features(seed, settings, private)
+    means = features.mean(axis=0)
+    arrays = {"seed-routing-vector": means[-1], "seed-ffn-inputs": means[:-1]}
+    if settings.proxies.relevance == "classifier":
+        rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, client))
+        negatives = public.select(np.sort(rng.permutation(len(public))[:_NEGATIVES]))
+        others = _features(seed, settings, negatives)
+        arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:
+    """Logistic regression of private against public embeddings (Jiang et al. 2026, Appendix A), both classes of equal weight.
+
+    Args:
+        private, public: embeddings [N, d] and [n, d].
+
+    Returns:
+        w and b side by side, [d + 1]: w.z + b are the log-odds that z is private.
+    """
+    both = np.concatenate([private, public])
+    labels = np.repeat([1, 0], [len(private), len(public)])
+    head = LogisticRegression(class_weight="balanced", max_iter=1_000).fit(both, labels)
+    return np.append(head.coef_[0], head.intercept_[0])
+
+
+def _features(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
+    paths = all_evidence_paths(seed, settings.lora, settings.router)
+    return torch.cat(list(sample_features(seed.model, paths, batches(seed, data)))).double().numpy()

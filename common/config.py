@@ -37,6 +37,15 @@ class Data(Section):
     dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
     public_samples: int = Field(0, ge=0, description="size of a random part of the public set to use; 0 is all of it")
     private_samples: int = Field(0, ge=0, description="largest number of training samples of a client; 0 is no limit")
+    public_without: tuple[str, ...] = Field(
+        (), description="words: public training samples of classes with one of them in their name are left out"
+    )
+    evaluate_on: Literal["test", "validation"] = Field(
+        "test", description="validation: for choosing settings; the public samples are then training ones"
+    )
+    test_corruptions: tuple[Literal["blur", "noise", "inversion"], ...] = Field(
+        (), description="evaluate on images changed in each of these ways, in place of the images as they are"
+    )
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
 
     @model_validator(mode="after")
@@ -53,6 +62,13 @@ class Proxies(Section):
 
     count: Count = Field(200, description="proxies for each client (m)")
     pool: Count = Field(2_000, description="candidates: the public samples with the largest relevance (n)")
+    relevance: Literal["fisher", "classifier"] = Field(
+        "fisher",
+        description="fisher: from the client's seed routing vector; classifier: trained and sent by the client (the paper's)",
+    )
+    selection: Literal["dpp", "relevance", "random"] = Field(
+        "dpp", description="dpp: relevant and diverse; relevance: the m most relevant; random: any, and no client is asked"
+    )
 
 
 class Lora(Section):
@@ -66,6 +82,9 @@ class Lora(Section):
 class ExpertTraining(Section):
     """Stage 2: AdamW on the private samples together with the proxies."""
 
+    samples: Literal["aligned", "private", "proxies"] = Field(
+        "aligned", description="aligned: private samples and proxies together; private, proxies: one of them alone"
+    )
     epochs: Count = 10
     batch_size: Count = 64
     learning_rate: Positive = 1e-3
@@ -79,19 +98,43 @@ class Router(Section):
     decide: Literal["once", "per-layer"] = Field(
         "once", description="once: at the lowest layer with experts, held for those above; per-layer: the paper's"
     )
-    rows: Literal["fisher", "dot"] = Field("fisher", description="Fisher rows with a bias, or the routing vectors themselves")
-    vectors: Literal["private", "proxy"] = Field(
-        "private", description="the clients' routing vectors, or the means of their proxies, which cost no privacy"
+    evidence: Literal["prefix", "layer"] = Field(
+        "prefix", description="what a decision looks at: the FFN inputs of all layers up to its own, or of its own alone"
     )
-    top_k: Count = 1
-    renormalise: bool = Field(False, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
+    rows: Literal["fisher", "dot", "fresh"] = Field(
+        "fisher", description="Fisher rows with a bias, the routing vectors themselves, or random rows"
+    )
+    vectors: Literal["seed", "private", "proxy"] = Field(
+        "seed",
+        description="seed: a client's private mean in the frozen seed; private: the mean of what trained its expert, in the "
+        "expert (the paper's); proxy: the mean of its proxies in its expert, for which it sends nothing",
+    )
+    proxy_weights: Literal["relevance", "equal"] = Field(
+        "relevance", description="weights of the proxies in their mean, for vectors = proxy"
+    )
+    seed_expert: bool = Field(
+        True, description="the seed itself as one more expert, with the public mean as its routing vector"
+    )
+    top_k: Count = 2
+    renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
     learn_context: bool = True
 
+    @model_validator(mode="after")
+    def _check(self) -> "Router":
+        if self.decide == "per-layer" and self.evidence == "prefix":
+            raise ValueError("router.evidence = prefix needs router.decide = once; set evidence = layer")
+        if self.decide == "per-layer" and self.vectors == "seed":
+            raise ValueError(
+                "router.vectors = seed needs router.decide = once: above the lowest layer, states are the experts'"
+            )
+        return self
+
 
 class RouterTraining(Section):
-    """Stage 3: AdamW on the union of the proxies."""
+    """Stage 3: AdamW on the union of the proxies; with a seed expert, also on as many random public samples as a client has."""
 
+    samples: Literal["proxies", "public"] = Field("proxies", description="public: random public samples, as many")
     supervision: Literal["task", "provenance", "both", "none"] = Field(
         "task", description="task loss, each proxy's known client, their sum, or no training at all"
     )
@@ -99,7 +142,20 @@ class RouterTraining(Section):
     batch_size: Count = 64
     learning_rate: Positive = 1e-4
     context_learning_rate: Positive = 1e-3
-    train_experts: bool = Field(False, description="train the experts together with the router")
+    train_router: bool = True
+    train_experts: bool = Field(False, description="train the experts too; frozen ones can be taken out of the model again")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RouterTraining":
+        if self.supervision != "none" and not (self.train_router or self.train_experts):
+            raise ValueError("router-training trains neither router nor experts; set router-training.supervision = none")
+        if self.supervision == "provenance" and not self.train_router:
+            raise ValueError("router-training.supervision = provenance trains the router alone; set train-router = true")
+        if self.samples == "public" and self.supervision in ("provenance", "both"):
+            raise ValueError(
+                f"router-training.samples = public with supervision = {self.supervision}: random public samples are no client's"
+            )
+        return self
 
 
 class Compute(Section):
@@ -138,6 +194,11 @@ class Settings(Section):
         domains = [self.client_domain(k) for k in range(self.clients)]
         return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
 
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of what the router chooses among, in the order of its rows: the clients, and the seed if it is one more."""
+        return [*self.client_names, "seed"] if self.router.seed_expert else self.client_names
+
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.proxies.count > self.proxies.pool:
@@ -145,23 +206,20 @@ class Settings(Section):
                 f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "
                 "lower the one or raise the other"
             )
-        if self.router.top_k > self.clients:
-            raise ValueError(f"router.top-k = {self.router.top_k} is more than clients = {self.clients}")
+        experts = self.clients + self.router.seed_expert
+        if self.router.top_k > experts:
+            raise ValueError(
+                f"router.top-k = {self.router.top_k} is more than the {experts} experts of clients = {self.clients}"
+            )
         training = self.router_training.supervision
         weightless = self.router.renormalise and self.router.top_k == 1
-        if weightless and training == "task":
+        if weightless and training == "task" and self.router_training.train_router:
             raise ValueError(
                 "router.renormalise = true with router.top-k = 1 and router-training.supervision = task: the only weight is "
-                "always 1, so neither rows nor lambda get a gradient; set renormalise = false, or another supervision"
-            )
-        weightless = self.router.renormalise and self.router.top_k == 1
-        if weightless and training == "task":
-            raise ValueError(
-                "router.renormalise = true with router.top-k = 1 and router-training.supervision = task: the only weight is "
-                "always 1, so neither rows nor lambda get a gradient; set renormalise = false, or another supervision"
+                "always 1, so neither rows nor lambda get a gradient; set top-k = 2, renormalise = false, or other supervision"
             )
         by_provenance = training == "provenance" or (training == "both" and weightless)
-        if self.router.learn_context and self.router.context == 1 and by_provenance:
+        if self.router.learn_context and self.router.context == 1 and by_provenance and self.router_training.train_router:
             raise ValueError(
                 f"router.context = 1 with router-training.supervision = {training}: at exactly 1 all tokens route alike and "
                 "lambda gets no gradient from provenance; start below 1 or set router.learn-context = false"

@@ -4,6 +4,8 @@ The same code, and never the text, is what a failing client sends (``client/egre
 private data.
 """
 
+from pydantic import ValidationError
+
 
 class MetaMoEError(Exception):
     """Base of every error that this product raises on purpose."""
@@ -89,3 +91,9 @@ def by_code(code: int) -> type[MetaMoEError]:
     for kind in types:
         types.extend(kind.__subclasses__())
     return next((kind for kind in types if kind.exit_code == code), MetaMoEError)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing wrong with a file's contents: where, and what."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.config import Settings, validated
 from common.errors import ProtocolError
-from common.model.lora import expert_layers, expert_shapes
+from common.model.lora import expert_shapes
+from common.model.routing import all_evidence_paths, evidence_paths
 from common.model.seed import Seed, load_seed
 
 PROTOCOL = 1
@@ -55,11 +56,18 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
     """What a client's reply consists of."""
     match kind:
         case "profile":
-            return [Artifact("client", "int64", ()), Artifact("seed-routing-vector", "float32", (seed.width,))]
+            artifacts = [Artifact("client", "int64", ())]
+            if settings.proxies.selection != "random":
+                if settings.proxies.relevance == "fisher":
+                    artifacts.append(Artifact("seed-routing-vector", "float32", (seed.width,)))
+                else:
+                    artifacts.append(Artifact("relevance-classifier", "float32", (seed.width + 1,)))
+            if settings.router.vectors == "seed":
+                artifacts.append(Artifact("seed-ffn-inputs", "float32", _vectors_shape(settings, seed)))
+            return artifacts
         case "expert":
-            layers = len(expert_layers(seed, settings.lora))
             matrices = [Artifact(name, "float16", shape) for name, shape in expert_shapes(seed, settings.lora).items()]
-            vectors = Artifact("routing-vectors", "float32", (layers, seed.width))
+            vectors = Artifact("routing-vectors", "float32", _vectors_shape(settings, seed))
             return [*matrices, vectors] if settings.router.vectors == "private" else matrices
         case "deliver":
             return [Artifact("accuracy", "float32", ())] if settings.report_accuracy else []
@@ -73,13 +81,13 @@ def request_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifa
         case "expert":
             return [Artifact("proxies", "int64", (settings.proxies.count,))]
         case "deliver":
-            deciding = 1 if settings.router.decide == "once" else len(expert_layers(seed, settings.lora))
+            rows = settings.clients + settings.router.seed_expert
             routers = [
                 part
-                for i in range(deciding)
+                for i, paths in enumerate(evidence_paths(seed, settings.lora, settings.router))
                 for part in (
-                    Artifact(f"router.{i}.rows", "float32", (settings.clients, seed.width)),
-                    Artifact(f"router.{i}.biases", "float32", (settings.clients,)),
+                    Artifact(f"router.{i}.rows", "float32", (rows, len(paths) * seed.width)),
+                    Artifact(f"router.{i}.biases", "float32", (rows,)),
                     Artifact(f"router.{i}.context", "float32", ()),
                 )
             ]
@@ -90,6 +98,11 @@ def request_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifa
                 for name, shape in shapes.items()
             ]
             return routers + experts
+
+
+def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
+    """One vector for every FFN input that a router looks at."""
+    return len(all_evidence_paths(seed, settings.lora, settings.router)), seed.width
 
 
 def encode_request(request: Request) -> RecordDict:

@@ -41,13 +41,13 @@ class Exchange:
         """A request that carries these arrays."""
         return encode_request(Request(self._settings, self._seed.fingerprint, self._public, arrays))
 
-    def profiles(self) -> list[np.ndarray]:
-        """Ask every node who it is and for its seed routing vector. The vectors, float32 [d], in the clients' order.
+    def profiles(self) -> list[dict[str, np.ndarray]]:
+        """Ask every node who it is and what its data looks like to the seed. The replies, in the clients' order.
 
         Raises:
             RunFailedError: two nodes say that they are the same client.
         """
-        found: dict[int, tuple[int, np.ndarray]] = {}
+        found: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
         for node, arrays in self._replies("profile", {node: self.request({}) for node in self._nodes}):
             client = int(arrays["client"])
             if not 0 <= client < self._settings.clients:
@@ -56,7 +56,7 @@ class Exchange:
                 raise RunFailedError(
                     f"two nodes say that they are client {self.transfers[client].name}; give each its own partition-id"
                 )
-            found[client] = node, arrays["seed-routing-vector"]
+            found[client] = node, arrays
             self._count(client, 0, arrays)
             self._events("profile", len(found), self._settings.clients, self.transfers[client].name)
         self._nodes = [found[client][0] for client in sorted(found)]

@@ -1,22 +1,26 @@
-"""Stage 1 at the server: from a client's seed routing vector to its proxies."""
+"""Stage 1 at the server: from what a client says about its data to its proxies."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock
 
-from common.config import Proxies
+from common.compute import derived_seed
+from common.config import Settings
 from common.data.tasks import batches
 from common.errors import ProxyCountError
 from common.files import cache_folder, write_atomically
 from common.fisher import shrunk_covariance
-from common.model.seed import Seed, embed
+from common.model.routing import sample_features
+from common.model.seed import Seed
 from server.dpp import greedy_map
 from server.relevance import fisher_scores, logistic_link
 
+_STAGE = 1
 _BATCH = 256
 
 
@@ -29,53 +33,82 @@ class Selection:
     relevance: np.ndarray
 
 
-@torch.inference_mode()
-def public_features(seed: Seed, public: Dataset, fingerprint: str, progress: Callable[[int, int], None]) -> np.ndarray:
-    """The seed's embedding of every public sample, computed once for this seed and this public set. float32 [n, d],
-    memory-mapped.
+def public_features(
+    seed: Seed, paths: list[str], public: Dataset, fingerprint: str, progress: Callable[[int, int], None]
+) -> np.ndarray:
+    """How the seed sees every public sample, computed once for this seed and this public set.
+
+    Args:
+        seed: the seed.
+        paths: sublayers whose mean inputs are wanted beside the embedding.
+        public: the public set.
+        fingerprint: its content hash.
+        progress: called with samples done and in all.
+
+    Returns:
+        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`common.model.routing.sample_features`.
     """
     # Library and threads belong to the key: they decide the last digits.
-    made_by = f"{seed.fingerprint} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
+    made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
     key = hashlib.sha256(made_by.encode()).hexdigest()[:32]
     file = cache_folder() / "embeddings" / f"{key}.f32"
-    shape = (len(public), seed.width)
-    if not file.is_file() or file.stat().st_size != 4 * shape[0] * shape[1]:
-        # In one block: small results kept between large temporaries would hold the heap open, by hundreds of megabytes.
-        features, done = np.empty(shape, dtype=np.float32), 0
-        for batch in batches(seed, public, _BATCH):
-            features[done : done + len(batch)] = embed(seed.model, batch).numpy()
-            done += len(batch)
-            progress(done, len(public))
-        write_atomically(file, features.tobytes())
+    shape = (len(public), len(paths) + 1, seed.width)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that need it, one computes it.
+    with FileLock(f"{file}.lock"):
+        if not file.is_file() or file.stat().st_size != 4 * np.prod(shape):
+            # In one block: small results kept between large temporaries would hold the heap open, by hundreds of megabytes.
+            features, done = np.empty(shape, dtype=np.float32), 0
+            for part in sample_features(seed.model, paths, batches(seed, public, _BATCH)):
+                features[done : done + len(part)] = part.numpy()
+                done += len(part)
+                progress(done, len(public))
+            write_atomically(file, features.tobytes())
     return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
 
 
-def select_proxies(features: np.ndarray, routing_vectors: list[np.ndarray], settings: Proxies) -> list[Selection]:
-    """Proxies for each client: relevance by Fisher's discriminant, the most relevant as pool, a greedy DPP within it.
+def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndarray]], settings: Settings) -> list[Selection]:
+    """Proxies for each client: relevance out of what it sent, the most relevant as pool, a greedy DPP within it.
 
     Args:
         features: the seed's embeddings of the public set, [n, d].
-        routing_vectors: each client's seed routing vector, [d].
-        settings: count and pool.
+        profiles: each client's arrays of stage 1.
+        settings: of the run.
 
     Raises:
         ProxyCountError: the public set is not larger than the pool.
     """
-    if settings.pool >= len(features):
+    proxies = settings.proxies
+    if proxies.pool >= len(features):
         raise ProxyCountError(
-            f"proxies.pool = {settings.pool} is not less than the {len(features)} samples of the public set; lower it"
+            f"proxies.pool = {proxies.pool} is not less than the {len(features)} samples of the public set; lower it"
         )
+    if proxies.selection == "random":
+        return [_random(len(features), proxies.count, settings.seed, client) for client in range(len(profiles))]
     features = np.asarray(features, dtype=np.float64)
     public_mean, covariance = features.mean(axis=0), shrunk_covariance(features)
     selections = []
-    for vector in routing_vectors:
-        scores = fisher_scores(features, vector, public_mean, covariance)
-        relevance = logistic_link(scores, settings.pool)
+    for profile in profiles:
+        if proxies.relevance == "fisher":
+            scores = fisher_scores(features, profile["seed-routing-vector"], public_mean, covariance)
+        else:
+            classifier = profile["relevance-classifier"].astype(np.float64)
+            scores = features @ classifier[:-1] + classifier[-1]
+        relevance = logistic_link(scores, proxies.pool)
         # A stable sort: among equal scores the lowest row comes first, on every machine.
-        pool = np.argsort(-scores, kind="stable")[: settings.pool]
-        ids = pool[greedy_map(features[pool], relevance[pool], settings.count)]
+        pool = np.argsort(-scores, kind="stable")[: proxies.pool]
+        if proxies.selection == "dpp":
+            ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
+        else:
+            ids = pool[: proxies.count]
         selections.append(Selection(ids, scores[ids], relevance[ids]))
     return selections
+
+
+def _random(size: int, count: int, seed: int, client: int) -> Selection:
+    """Samples that nothing speaks for: log-odds zero, relevance a half."""
+    ids = np.random.default_rng(derived_seed(seed, _STAGE, client)).permutation(size)[:count]
+    return Selection(ids, np.zeros(count), np.full(count, 0.5))
 
 
 def selection_record(selection: Selection) -> dict[str, list[float] | list[int]]:

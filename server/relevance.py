@@ -2,7 +2,7 @@
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from common.fisher import fisher_rows
 
@@ -44,3 +44,27 @@ def logistic_link(scores: np.ndarray, expected: int) -> np.ndarray:
     low, high = -scores.max() - 50.0, -scores.min() + 50.0
     prior = brentq(lambda c: expit(scores + c).sum() - expected, low, high)
     return expit(scores + prior)
+
+
+def tempered_weights(scores: np.ndarray, share: float) -> np.ndarray:
+    """Importance weights of samples in a mean that is to stand for the client's: w proportional to exp(t s).
+
+    With t = 1 and Fisher's log-odds these are density ratios of the client's Gaussian to the public one. A few samples would
+    then carry everything, so t in [0, 1] is the largest at which the effective sample size 1 / sum w^2 is at least
+    ``share`` of their number.
+
+    Args:
+        scores: s, log-odds, float64 [m].
+        share: of the m samples, in (0, 1].
+
+    Returns:
+        float64 [m], with sum one.
+    """
+
+    def weights(temperature: float) -> np.ndarray:
+        return softmax(temperature * scores)
+
+    def excess(temperature: float) -> float:
+        return 1 / float((weights(temperature) ** 2).sum()) - share * len(scores)
+
+    return weights(1.0 if excess(1.0) >= 0 else brentq(excess, 0.0, 1.0)) if share < 1 else weights(0.0)

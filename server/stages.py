@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from common.data.datasets import check_domains, known_classes, load_public, publ
 from common.events import EventLog
 from common.files import write_json
 from common.model.artifact import router_arrays, save_model
+from common.model.routing import all_evidence_paths
 from common.model.seed import load_seed
 from server.exchange import Ask, Exchange
 from server.experts import store_expert, stored_expert
 from server.proxies import public_features, select_proxies, selection_record
-from server.unify import unify
+from server.unify import initial_routers, router_samples, unify
 
 
 def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) -> None:
@@ -36,7 +37,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         MetaMoEError: one of its kinds, see :class:`server.exchange.Exchange`.
     """
     events, names = EventLog(out / "events.jsonl"), settings.client_names
-    timings: dict[str, float] = {}
+    timings: dict[str, Timing] = {}
     check_domains(settings.data)
     with threads(settings.compute.server_threads):
         with _timed(timings, "prepare"):
@@ -44,16 +45,19 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
             public_hash = public_fingerprint(settings.data)
             exchange = Exchange(settings, seed, public_hash, nodes, ask, events)
 
-        # 1. Every client sends the mean of the seed's embedding over its private samples.
+        # 1. Every client sends means of what the frozen seed makes of its private samples.
         with _timed(timings, "profile"):
-            routing_vectors = exchange.profiles()
+            profiles = exchange.profiles()
 
         # 2. For each client, the server picks proxies out of the public set.
         with _timed(timings, "embed"):
-            features = public_features(seed, public, public_hash, partial(events, "embed"))
+            router = settings.router
+            compared = router.rows == "fisher" or router.seed_expert
+            paths = all_evidence_paths(seed, settings.lora, router) if compared else []
+            features = public_features(seed, paths, public, public_hash, partial(events, "embed"))
         with _timed(timings, "select"):
             events("select", 0, 1)
-            selections = select_proxies(features, routing_vectors, settings.proxies)
+            selections = select_proxies(features[:, -1], profiles, settings)
             by_client = {name: selection_record(s) for name, s in zip(names, selections, strict=True)}
             write_json(out / "proxies.json", {"public": public_hash, "clients": by_client})
             events("select", 1, 1)
@@ -69,8 +73,13 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         # 4. The experts become one model, whose router learns from the proxies.
         with _timed(timings, "unify"):
             experts, vectors = zip(*map(stored_expert, folders), strict=True)
+            if settings.router.vectors == "seed":
+                vectors = tuple(profile["seed-ffn-inputs"] for profile in profiles)
             proxies = [public.select(s.ids) for s in selections]
-            weights = unify(seed, settings, public, proxies, experts, vectors, partial(events, "unify"))
+            scores = [s.scores for s in selections]
+            routers = initial_routers(seed, settings, features[:, :-1], proxies, scores, experts, vectors)
+            samples = router_samples(settings, public, proxies)
+            weights = unify(seed, settings, experts, routers, samples, partial(events, "unify"))
             manifest = save_model(out / "model", seed, settings, names, known_classes(settings.data), weights)
 
         # 5. The model goes back to every client, who evaluates it where the data is.
@@ -78,21 +87,30 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
             matrices = {
                 f"expert.{k}.{name}": m.numpy() for k, expert in enumerate(weights.experts) for name, m in expert.items()
             }
-            routers = {f"router.{name}": array for name, array in router_arrays(weights.routers).items()}
-            delivery = exchange.request(routers | matrices)
-            reported = {names[k]: arrays for k, arrays in exchange.ask("deliver", [delivery] * len(names))}
+            arrays = {f"router.{name}": array for name, array in router_arrays(weights.routers).items()}
+            delivery = exchange.request(arrays | matrices)
+            reported = {names[k]: reply for k, reply in exchange.ask("deliver", [delivery] * len(names))}
 
     summary = {
         "model": manifest.model_hash,
         "clients": [asdict(transfer) for transfer in exchange.transfers],
-        "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
-        "reported": {name: float(arrays["accuracy"]) for name, arrays in reported.items() if "accuracy" in arrays},
+        "timings": {stage: round(timing.wall, 3) for stage, timing in timings.items()},
+        "cpu_seconds": {stage: round(timing.cpu, 3) for stage, timing in timings.items()},
+        "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},
     }
     write_json(out / "server" / "summary.json", summary)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds on the clock, and seconds of this process on any core."""
+
+    wall: float
+    cpu: float
+
+
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
+def _timed(timings: dict[str, Timing], stage: str) -> Iterator[None]:
+    wall, cpu = time.monotonic(), time.process_time()
     yield
-    timings[stage] = time.monotonic() - started
+    timings[stage] = Timing(time.monotonic() - wall, time.process_time() - cpu)

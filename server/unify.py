@@ -10,23 +10,29 @@ from torch import Tensor
 
 from common.compute import derived_seed
 from common.config import Settings
+from common.data.datasets import label_space
 from common.data.tasks import all_pixels, batches, class_logits, class_names, labels_in, text_features
 from common.fisher import shrunk_covariance
 from common.model.artifact import UnifiedWeights
-from common.model.lora import Expert, expert_layers, rounded, with_lora
+from common.model.lora import Expert, rounded, with_lora
 from common.model.moe import RouterWeights, UnifiedModel
-from common.model.routing import mean_ffn_inputs, router_rows, routing_vectors
+from common.model.routing import all_evidence_paths, evidence_paths, router_rows, routing_vectors
 from common.model.seed import Seed
+from server.relevance import tempered_weights
 
 _STAGE = 3
 _COVARIANCE_SAMPLES = 4_000
+_FRESH_SCALE = 0.02
+# Of the proxies, in means that are weighted by relevance.
+_EFFECTIVE_SHARE = 0.5
 
 
 def initial_routers(
     seed: Seed,
     settings: Settings,
-    public: Dataset,
+    public: np.ndarray,
     proxies: Sequence[Dataset],
+    scores: Sequence[np.ndarray],
     experts: Sequence[Expert],
     vectors: Sequence[np.ndarray | None],
 ) -> list[RouterWeights]:
@@ -34,29 +40,53 @@ def initial_routers(
 
     Args:
         seed, settings: the run's.
-        public: D0, of which a sample gives the covariance for Fisher rows.
+        public: the public samples' mean FFN inputs in the seed, [n, P, d]: their covariance makes Fisher rows, their mean is
+            the seed's own routing vector. Without either, it is not looked at.
         proxies: each client's.
+        scores: their log-odds, [m] each.
         experts: each client's.
-        vectors: each client's routing vectors [L, d]; without them, the means over its proxies in its expert are taken.
+        vectors: each client's routing vectors [P, d]; without them, the means over its proxies in its expert are taken.
     """
     router = settings.router
-    paths = expert_layers(seed, settings.lora)
-    means = np.stack(
-        [
-            routing_vectors(with_lora(seed, settings.lora, expert), paths, batches(seed, data)) if vector is None else vector
-            for expert, data, vector in zip(experts, proxies, vectors, strict=True)
-        ]
-    )
-    deciding = paths[:1] if router.decide == "once" else paths
-    covariances: list[np.ndarray | None] = [None] * len(deciding)
-    if router.rows == "fisher":
-        rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
-        sample = public.select(np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES]))
-        features = torch.cat(list(mean_ffn_inputs(seed.model, deciding, batches(seed, sample)))).numpy()
-        covariances = [shrunk_covariance(features[:, layer]) for layer in range(len(deciding))]
-    return [
-        RouterWeights(*router_rows(means[:, layer], covariance), router.context) for layer, covariance in enumerate(covariances)
+    rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
+    groups = evidence_paths(seed, settings.lora, router)
+    count, width = len(experts) + router.seed_expert, len(groups[0]) * seed.width
+    if router.rows == "fresh":
+        random = [rng.normal(scale=_FRESH_SCALE, size=(count, width)) for _ in groups]
+        return [RouterWeights(rows, np.zeros(count), router.context) for rows in random]
+    means = [
+        _proxy_vectors(seed, settings, expert, data, own) if vector is None else vector
+        for expert, data, own, vector in zip(experts, proxies, scores, vectors, strict=True)
     ]
+    sample = np.asarray(public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])], dtype=np.float64)
+    if router.seed_expert:
+        means.append(sample.mean(axis=0))
+    # One group of P / G vectors side by side for each of the G layers that decide.
+    by_group = np.stack(means).reshape(count, len(groups), width)
+    weights = []
+    for group in range(len(groups)):
+        features = sample.reshape(len(sample), len(groups), -1)[:, group]
+        covariance = shrunk_covariance(features) if router.rows == "fisher" else None
+        weights.append(RouterWeights(*router_rows(by_group[:, group], covariance), router.context))
+    return weights
+
+
+def _proxy_vectors(seed: Seed, settings: Settings, expert: Expert, proxies: Dataset, scores: np.ndarray) -> np.ndarray:
+    """Routing vectors of an expert from its proxies alone, [P, d]."""
+    share = _EFFECTIVE_SHARE if settings.router.proxy_weights == "relevance" else 1.0
+    paths = all_evidence_paths(seed, settings.lora, settings.router)
+    model = with_lora(seed, settings.lora, expert)
+    return routing_vectors(model, paths, batches(seed, proxies), tempered_weights(scores, share))
+
+
+def router_samples(settings: Settings, public: Dataset, proxies: Sequence[Dataset]) -> list[Dataset]:
+    """What the router is trained on: a data set for each expert, the seed's being random public samples."""
+    rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 2))
+    count = settings.proxies.count
+    order = rng.permutation(len(public))
+    if settings.router_training.samples == "public":
+        return [public.select(np.sort(order[: count * len(proxies)]))]
+    return [*proxies, public.select(np.sort(order[:count]))] if settings.router.seed_expert else list(proxies)
 
 
 def provenance_loss(log_probabilities: Tensor, clients: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,24 +108,34 @@ def provenance_loss(log_probabilities: Tensor, clients: Tensor, mask: Tensor | N
 
 
 def train_router(
-    model: UnifiedModel, seed: Seed, settings: Settings, proxies: Sequence[Dataset], progress: Callable[[int, int], None]
+    model: UnifiedModel, seed: Seed, settings: Settings, samples: Sequence[Dataset], progress: Callable[[int, int], None]
 ) -> None:
-    """Train routers, and experts if the settings say so, on the union of all proxies; the model is changed in place."""
+    """Train routers, experts, or both, as the settings say; the model is changed in place.
+
+    Args:
+        model: the unified model.
+        seed, settings: the run's.
+        samples: see :func:`router_samples`; the k-th data set is the k-th expert's, which is what provenance teaches.
+        progress: called with epochs done and in all.
+    """
     training = settings.router_training
-    pixels = torch.cat([all_pixels(seed, data) for data in proxies])
-    clients = torch.cat([torch.full((len(data),), k) for k, data in enumerate(proxies)])
-    names = class_names(proxies[0])
-    labels = torch.cat([labels_in(data, names) for data in proxies])
+    pixels = torch.cat([all_pixels(seed, data) for data in samples])
+    owners = torch.cat([torch.full((len(data),), k) for k, data in enumerate(samples)])
+    names = label_space(*map(class_names, samples))
+    labels = torch.cat([labels_in(data, names) for data in samples])
     texts = text_features(seed, names, settings.data.prompt)
 
-    contexts = [router.context for router in model.routers if router.context.requires_grad]
-    rows = [p for router in model.routers for p in (router.rows, router.biases) if p.requires_grad]
+    for router in model.routers:
+        for parameter in router.parameters():
+            parameter.requires_grad_(parameter.requires_grad and training.train_router)
     matrices = [p for layer in model.layers for p in (layer.a1, layer.b1, layer.a2, layer.b2)]
     for matrix in matrices:
         matrix.requires_grad_(training.train_experts)
+    contexts = [router.context for router in model.routers if router.context.requires_grad]
+    others = [p for router in model.routers for p in (router.rows, router.biases)] + matrices
     groups = [
         {"params": contexts, "lr": training.context_learning_rate},
-        {"params": rows + (matrices if training.train_experts else []), "lr": training.learning_rate},
+        {"params": [p for p in others if p.requires_grad], "lr": training.learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
@@ -107,7 +147,7 @@ def train_router(
             if training.supervision in ("task", "both"):
                 losses.append(F.cross_entropy(class_logits(model.clip, pooled, texts), labels[batch]))
             if training.supervision in ("provenance", "both"):
-                losses.append(torch.stack([provenance_loss(decision, clients[batch]) for decision in decisions]).mean())
+                losses.append(torch.stack([provenance_loss(decision, owners[batch]) for decision in decisions]).mean())
             optimizer.zero_grad(set_to_none=True)
             torch.stack(losses).sum().backward()
             optimizer.step()
@@ -119,18 +159,21 @@ def train_router(
 def unify(
     seed: Seed,
     settings: Settings,
-    public: Dataset,
-    proxies: Sequence[Dataset],
     experts: Sequence[Expert],
-    vectors: Sequence[np.ndarray | None],
+    routers: Sequence[RouterWeights],
+    samples: Sequence[Dataset],
     progress: Callable[[int, int], None],
 ) -> UnifiedWeights:
-    """Stage 3 as a whole: initial routers, the unified model, its training, and its weights as they are stored.
+    """Stage 3 from the initial routers on: the unified model, its training, and its weights as they are stored.
 
-    Arguments as for :func:`initial_routers`; ``progress`` is called with epochs done and in all.
+    Args:
+        seed, settings: the run's.
+        experts: each client's.
+        routers: see :func:`initial_routers`.
+        samples: see :func:`router_samples`.
+        progress: called with epochs done and in all.
     """
-    routers = initial_routers(seed, settings, public, proxies, experts, vectors)
     model = UnifiedModel(seed, experts, settings.lora, settings.router, routers)
     if settings.router_training.supervision != "none":
-        train_router(model, seed, settings, proxies, progress)
+        train_router(model, seed, settings, samples, progress)
     return UnifiedWeights([rounded(expert) for expert in model.experts()], [router.weights() for router in model.routers])

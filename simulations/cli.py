@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from common.config import Settings, load_settings, preset_names, preset_text, to_toml
@@ -111,7 +112,7 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
         results = write_results(settings, folder, board.evaluation)
     table = Table(title="accuracy on test data, %")
     table.add_column("method")
-    columns = [*settings.data.domains, "average"]
+    columns = [*results["routing"], "average"]
     for column in [*columns, "public, held out"]:
         table.add_column(column, justify="right")
     for method, by_domain in results["accuracy"].items():
@@ -119,6 +120,71 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
         table.add_row(method, *(f"{cell:.1f}" for cell in cells))
     _console.print(table)
     _console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
+
+
+@app.command()
+def benchmark(
+    preset: Annotated[
+        str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")
+    ] = "glyphs",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods", metavar="NAME", help="A method of the main table, or several with commas; repeatable. [default: all]"
+        ),
+    ] = None,
+    ablation: Annotated[
+        list[str] | None,
+        typer.Option("--ablation", metavar="NAME", help="A group of ablations, or several with commas, or all; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 5,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting for every method; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Benchmark folder. [default: runs/benchmark-PRESET]")] = None,
+) -> None:
+    """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
+    from simulations.benchmark import Plan, run_benchmark
+    from simulations.methods import chosen
+    from simulations.report import write_report
+    from simulations.tables import method_header, method_rows
+
+    folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
+    overrides = list(set_ or [])
+    names, groups = _split(methods), _split(ablation)
+    # With ablations alone there is still something to compare them with.
+    names = names or (["metamoe"] if groups else ["all"])
+    preset = str(Path(preset).absolute()) if Path(preset).is_file() else preset
+    wanted = chosen(load_settings(preset, overrides), names, groups)
+    plan = Plan(preset, tuple(overrides), tuple(wanted), tuple(range(seeds)), folder)
+    _console.print(f"preset {preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=_console, speed_estimate_period=3_600) as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def show(done: int, total: int, last: str) -> None:
+            progress.update(task, completed=done, total=total, description=last)
+
+        results = run_benchmark(plan, show)
+    report_file = write_report(folder)
+    for records in (results.methods, results.ablations):
+        if records:
+            table = Table(*method_header(records))
+            for row in method_rows(records, results.methods.get("metamoe")):
+                table.add_row(*row)
+            _console.print(table)
+    _console.print(f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {report_file}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that 'metamoe benchmark' wrote.")],
+) -> None:
+    """Write a benchmark's results as one self-contained HTML page, report.html in its folder."""
+    from simulations.report import write_report
+
+    _console.print(f"report: {write_report(folder)}", soft_wrap=True)
 
 
 @app.command()
@@ -154,6 +220,10 @@ def presets(
     for known in preset_names():
         table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
     _console.print(table)
+
+
+def _split(values: list[str] | None) -> list[str]:
+    return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

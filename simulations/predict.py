@@ -29,16 +29,17 @@ def predict_images(loaded: Loaded, images: Sequence[Path], names: Sequence[str],
         InputFileError: a file is not a readable image.
     """
     texts = text_features(loaded.seed, names, loaded.manifest.prompt)
+    experts = loaded.manifest.expert_names
     for path in images:
         pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(path)]))
         probabilities = class_logits(loaded.model.clip, pooled, texts).softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
-        shares = torch.bincount(chosen, minlength=len(loaded.manifest.experts)) / len(chosen)
+        shares = torch.bincount(chosen, minlength=len(experts)) / len(chosen)
         yield Prediction(
             path,
             [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
-            sorted(zip(loaded.manifest.experts, shares.tolist(), strict=True), key=lambda pair: -pair[1]),
+            sorted(zip(experts, shares.tolist(), strict=True), key=lambda pair: -pair[1]),
         )
 
 

@@ -47,9 +47,10 @@ def seed(seed_folder: Path) -> Seed:
 
 @pytest.fixture
 def settings() -> Settings:
-    """Small numbers everywhere; the tiny seed is passed beside it."""
+    """Small numbers everywhere, and the paper's router deciding once; the tiny seed is passed beside it."""
+    router = {"context": 0.4, "evidence": "layer", "vectors": "private", "seed-expert": False, "top-k": 1, "renormalise": False}
     return validated(
-        {"clients": 3, "lora": {"rank": 2, "alpha": 4}, "router": {"context": 0.4}, "router-training": {"supervision": "both"}}
+        {"clients": 3, "lora": {"rank": 2, "alpha": 4}, "router": router, "router-training": {"supervision": "both"}}
     )
 
 

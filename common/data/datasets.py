@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +19,18 @@ from common.files import cache_folder
 
 @lru_cache(maxsize=2)
 def load_public(data: Data, split: str = "train") -> Dataset:
-    """The public set D0 (``"train"``) or its held-out part (``"test"``)."""
+    """The public set D0 (``"train"``) or its held-out part (``"test"``).
+
+    Raises:
+        InvalidSettingError: ``data.public-without`` leaves nothing.
+    """
     whole = _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+    if split == "train" and data.public_without:
+        names = np.array(whole.features["label"].names)
+        kept = np.array([not set(name.split()) & set(data.public_without) for name in names])
+        whole = whole.select(np.flatnonzero(kept[np.asarray(whole["label"])]))
+        if len(whole) == 0:
+            raise InvalidSettingError(f"data.public-without = {list(data.public_without)} leaves no public sample")
     return _random_part(whole, data.public_samples, np.random.default_rng(0))
 
 
@@ -52,6 +62,31 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
 def load_domain(data: Data, domain: str, split: str) -> Dataset:
     """One private domain as a whole: ``split`` is "train", "validation" or "test"."""
     return _cached(data.source, f"{domain}-{split}", lambda: glyphs.private(domain, split))
+
+
+def held_out_public(data: Data) -> Dataset:
+    """The public samples that show what was forgotten: held out, or for validation as many training ones."""
+    held_out = load_public(data, "test")
+    if data.evaluate_on == "test":
+        return held_out
+    return _random_part(load_public(data, "train"), len(held_out), np.random.default_rng(1))
+
+
+def evaluation_sets(data: Data) -> dict[str, Dataset]:
+    """What a model is evaluated on, by name: each domain's test part, or with ``data.test-corruptions`` each of them changed in
+    each way ("digits, blur"); with ``data.evaluate-on``, the validation part in its place.
+    """
+    part = data.evaluate_on
+    tests = {domain: load_domain(data, domain, part) for domain in data.domains}
+    if not data.test_corruptions:
+        return tests
+    return {
+        f"{domain}, {corruption}": _cached(
+            data.source, f"{domain}-{part}-{corruption}", partial(glyphs.corrupted, test, corruption)
+        )
+        for corruption in data.test_corruptions
+        for domain, test in tests.items()
+    }
 
 
 def check_domains(data: Data) -> None:

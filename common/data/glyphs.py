@@ -1,9 +1,11 @@
 """The built-in images: glyphs of the fonts that matplotlib ships, and scikit-learn's handwritten digits.
 
 Everything is 32 x 32, grey, dark ink on light ground, named by Unicode, and a pure function of the installed fonts and
-a seed; nothing is downloaded. The *public* set holds one image for each font and code point. Three private domains are
-kept out of it: ``digits`` (real handwriting), ``greek`` (strongly distorted letters) and ``arrows`` (inverted and
-noisy, the one that resembles nothing public).
+a seed; nothing is downloaded. The *public* set holds one image for each font and code point. The private domains come in
+pairs that differ within a pair by what is shown and between pairs by how: ``digits`` (real handwriting) and ``numerals``
+(printed digits, a little distorted: the same classes), ``greek`` and ``cyrillic`` (letters, strongly distorted), ``arrows``
+and ``operators`` (inverted and noisy, resembling nothing public). Of the code points of greek and arrows the public set holds
+nothing.
 """
 
 import unicodedata
@@ -20,7 +22,7 @@ from PIL import ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits
 
 SIZE = 32
-DOMAINS = ("digits", "greek", "arrows")
+DOMAINS = ("digits", "greek", "arrows", "numerals", "cyrillic", "operators")
 SPLITS = ("train", "validation", "test")
 PUBLIC_HELD_OUT = 2_000
 
@@ -33,15 +35,29 @@ _FONTS = (
 _FONT_SIZE = 26
 _GREEK = (*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA))
 _ARROWS = tuple(range(0x2190, 0x2200))
+_DIGITS = tuple(range(0x30, 0x3A))
+_CODE_POINTS = {
+    "digits": _DIGITS,
+    "greek": _GREEK,
+    "arrows": _ARROWS,
+    "numerals": _DIGITS,
+    "cyrillic": tuple(range(0x410, 0x450)),
+    "operators": tuple(range(0x2200, 0x2270)),
+}
 # Images of each class in train, validation and test.
-_PER_CLASS = {"greek": (25, 8, 12), "arrows": (16, 4, 5)}
+_PER_CLASS = {
+    "greek": (25, 8, 12),
+    "arrows": (16, 4, 5),
+    "numerals": (100, 20, 50),
+    "cyrillic": (25, 8, 12),
+    "operators": (16, 4, 5),
+}
 _DIGITS_PER_SPLIT = (1_097, 200, 500)
 
 
 def class_names(domain: str) -> list[str]:
     """Unicode names of a domain's classes, in label order: "DIGIT ZERO", ..."""
-    code_points = {"digits": range(0x30, 0x3A), "greek": _GREEK, "arrows": _ARROWS}[domain]
-    return [unicodedata.name(chr(c)) for c in code_points]
+    return [unicodedata.name(chr(c)) for c in _CODE_POINTS[domain]]
 
 
 def public(split: str, seed: int = 0) -> Dataset:
@@ -141,7 +157,7 @@ def _digits(split: str, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _drawn(domain: str, split: str, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    code_points = _GREEK if domain == "greek" else _ARROWS
+    code_points = _CODE_POINTS[domain]
     rng = np.random.default_rng([seed, 2 + DOMAINS.index(domain), SPLITS.index(split)])
     count = _PER_CLASS[domain][SPLITS.index(split)]
     images, labels = [], []
@@ -150,13 +166,31 @@ def _drawn(domain: str, split: str, seed: int) -> tuple[list[np.ndarray], np.nda
         for _ in range(count):
             glyph = _draw(fonts[rng.integers(len(fonts))], code_point)
             assert glyph is not None, f"U+{code_point:04X} has no ink"
-            if domain == "greek":
+            if domain in ("greek", "cyrillic"):
                 images.append(distort(glyph, rng, rotation=(25, 65), shear=0.3, scale=0.15, shift=3, blur=1, noise=25))
+            elif domain == "numerals":
+                images.append(distort(glyph, rng, rotation=(-20, 20), shear=0.3, scale=0.15, shift=3, blur=1, noise=10))
             else:
                 images.append(255 - distort(glyph, rng, rotation=(-5, 5), shear=0.1, scale=0.1, shift=2, blur=0.3, noise=35))
             labels.append(label)
     order = rng.permutation(len(labels))
     return [images[i] for i in order], np.array(labels)[order]
+
+
+def corrupted(data: Dataset, corruption: str) -> Dataset:
+    """A data set's images, each changed: ``"blur"`` (Gaussian, 1.2 pixels), ``"noise"`` (Gaussian, 50 grey levels) or
+    ``"inversion"`` (dark for light).
+    """
+    rng = np.random.default_rng(0)
+
+    def change(image: PILImage.Image) -> np.ndarray:
+        if corruption == "blur":
+            return np.asarray(image.filter(ImageFilter.GaussianBlur(1.2)))
+        pixels = np.asarray(image, dtype=np.float64)
+        changed = pixels + rng.normal(0, 50, pixels.shape) if corruption == "noise" else 255 - pixels
+        return changed.clip(0, 255).round().astype(np.uint8)
+
+    return _dataset([change(image) for image in data["image"]], np.asarray(data["label"]), data.features["label"].names)
 
 
 def distort(

@@ -3,7 +3,7 @@
 ::
 
     manifest.json                      format, seed, settings, class names, SHA-256 of every other file
-    router.safetensors                 <i>.rows [K, d], <i>.biases [K], <i>.context [] of the i-th layer that decides
+    router.safetensors                 <i>.rows [K, E d], <i>.biases [K], <i>.context [] of the i-th layer that decides
     experts/<name>/                    adapter_config.json, adapter_model.safetensors: a stock PEFT adapter
 """
 
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from common import config
-from common.errors import ModelFileError, SeedMismatchError
+from common.errors import ModelFileError, SeedMismatchError, first_problem
 from common.files import replaced_folder, write_json
 from common.model.lora import Expert, load_adapter, save_adapter
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.seed import Seed, load_seed
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
@@ -52,6 +52,11 @@ class Manifest(BaseModel):
     prompt: str
     classes: list[str]
     files: dict[str, str]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of what the router chooses among: the experts, and the seed if it is one more."""
+        return [*self.experts, "seed"] if self.router.seed_expert else self.experts
 
     @property
     def model_hash(self) -> str:
@@ -115,9 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds no {_MANIFEST}; give the folder of a unified model, such as runs/demo/model"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelFileError(f"{folder / _MANIFEST}: {where}: {first['msg']}") from error
+        raise ModelFileError(f"{folder / _MANIFEST}: {first_problem(error)}") from error
     if manifest.format != FORMAT:
         raise ModelFileError(f"{folder / _MANIFEST} has format {manifest.format}; this version reads {FORMAT}")
     return manifest

@@ -16,21 +16,24 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from common import config
 from common.data.tasks import class_logits
 from common.model.lora import Expert, expert_layers
-from common.model.routing import masked_mean
+from common.model.routing import evidence_paths, masked_mean
 from common.model.seed import Seed, share
 
 
 @dataclass
 class RoutingState:
-    """What the layers of one forward pass share: the mask, and every decision taken so far."""
+    """What the layers of one forward pass share: the mask, the FFN inputs of the layers below those with experts, as far as a
+    router looks at them, and every decision taken so far.
+    """
 
     mask: Tensor | None = None
+    below: list[Tensor] = field(default_factory=list)
     decisions: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """A layer's router as numbers: rows W [K, d], biases b [K], lambda."""
+    """A layer's router as numbers: rows W [K, E d] over the E FFN inputs it looks at, biases b [K], lambda."""
 
     rows: np.ndarray
     biases: np.ndarray
@@ -41,7 +44,8 @@ class Router(nn.Module):
     """Context-aware routing probabilities (Jiang et al. 2026, 3.4 and Eq. 7).
 
     z~_t = (1 - lambda) z_t + lambda z_x with z_x the mean of the layer's own inputs over the sequence, and
-    pi(z_t) = softmax(z~_t W^T + b) over the K experts. W holds routing vectors (b = 0: the paper) or Fisher rows.
+    pi(z_t) = softmax(z~_t W^T + b) over the K experts. W holds routing vectors (b = 0: the paper) or Fisher rows. z_t is the
+    layer's input (the paper) or that of every layer up to it, side by side.
     """
 
     def __init__(self, weights: RouterWeights, learn_biases: bool, learn_context: bool) -> None:
@@ -71,7 +75,8 @@ class MoELayer(nn.Module):
     """A feed-forward sublayer with K low-rank experts: MoE(z_t) = sum over the top k of pi_p(z_t) FFN_p(z_t) (Eq. 6).
 
     FFN_p(z) = W2_p act(W1_p z + b1) + b2, with W_p = W + (alpha / r) B_p A_p. The second projection is linear, so the weighted
-    sum over experts is taken before it and the base matrices are applied once, whatever k.
+    sum over experts is taken before it and the base matrices are applied once, whatever k. A router with one row more than
+    there are experts has the seed's own sublayer as its last expert.
     """
 
     def __init__(self, base: CLIPMLP, experts: Sequence[Expert], path: str, lora: config.Lora, router: config.Router) -> None:
@@ -93,12 +98,14 @@ class MoELayer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z [B, T, d] -> [B, T, d]."""
         if self.router is not None:
-            self.state.decisions.append(self.router(z, self.state.mask))
+            evidence = torch.cat([*self.state.below, z], dim=-1)
+            self.state.decisions.append(self.router(evidence, self.state.mask))
         probabilities = self.state.decisions[-1].exp()
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        gates = nn.functional.one_hot(chosen, probabilities.shape[-1]).to(z.dtype)
+        # Without the seed's column: it has no matrices, so where it is chosen nothing is added.
+        gates = nn.functional.one_hot(chosen, probabilities.shape[-1])[..., : len(self.a1)].to(z.dtype)
 
         up = self.base.fc1(z)
         hidden, delta = torch.zeros_like(up), torch.zeros_like(z)
@@ -114,6 +121,19 @@ class MoELayer(nn.Module):
         """(alpha / r) sum_p gate_p B_p A_p x for x [B, T, in]: all A at once, the others masked, then all B at once."""
         low = (x @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) * gate.unsqueeze(-1)
         return self.scale * (low.flatten(-2) @ b.transpose(1, 2).flatten(0, 1))
+
+
+class ObservedFFN(nn.Module):
+    """A sublayer of the seed below those with experts, whose input a router above it looks at."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.state = RoutingState()
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.state.below.append(z)
+        return self.base(z)
 
 
 class UnifiedModel(nn.Module):
@@ -143,8 +163,14 @@ class UnifiedModel(nn.Module):
         for i, path in enumerate(self.paths):
             layer = MoELayer(cast(CLIPMLP, self.clip.get_submodule(path)), experts, path, lora, router)
             if i < len(routers):
-                layer.router = Router(routers[i], router.rows == "fisher", router.learn_context)
+                layer.router = Router(routers[i], router.rows != "dot", router.learn_context)
             self.clip.set_submodule(path, layer)
+        self._observed: list[ObservedFFN] = []
+        for path in evidence_paths(seed, lora, router)[0]:
+            if path not in self.paths:
+                observed = ObservedFFN(self.clip.get_submodule(path))
+                self.clip.set_submodule(path, observed)
+                self._observed.append(observed)
 
     @property
     def layers(self) -> list[MoELayer]:
@@ -165,6 +191,8 @@ class UnifiedModel(nn.Module):
         state = RoutingState(mask)
         for layer in self.layers:
             layer.state = state
+        for observed in self._observed:
+            observed.state = state
         pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output
         return pooled, state.decisions
 

@@ -8,7 +8,28 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from common import config
 from common.fisher import fisher_rows
+from common.model.lora import expert_layers
+from common.model.seed import Seed
+
+
+def evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list[list[str]]:
+    """For each layer that decides, lowest first, the feed-forward sublayers at whose inputs its router looks.
+
+    One layer decides, the lowest with experts, looking at its own input or at those of all layers up to it; or every layer with
+    experts looks at its own.
+    """
+    above = expert_layers(seed, lora)
+    if router.decide == "per-layer":
+        return [[path] for path in above]
+    paths = seed.ffn_paths
+    return [paths[: paths.index(above[0]) + 1] if router.evidence == "prefix" else above[:1]]
+
+
+def all_evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list[str]:
+    """The sublayers of :func:`evidence_paths` in one list: one for each routing vector of an expert, in their order."""
+    return [path for paths in evidence_paths(seed, lora, router) for path in paths]
 
 
 def masked_mean(z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,27 +64,39 @@ def ffn_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]
 
 
 @torch.inference_mode()
-def mean_ffn_inputs(model: CLIPModel, paths: list[str], batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """For each batch of pixel values, every sample's mean FFN input in each of these layers. float32 [B, L, d]."""
+def sample_features(model: CLIPModel, paths: list[str], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """For each batch of pixel values, every sample's mean FFN input in each of these layers, and last its embedding, the pooled
+    output. float32 [B, L + 1, d].
+    """
     with ffn_inputs(model, paths) as captured:
         for batch in batches:
-            model.vision_model(pixel_values=batch)
-            yield torch.stack([masked_mean(captured[path]) for path in paths], dim=1)
+            pooled = model.vision_model(pixel_values=batch).pooler_output
+            yield torch.stack([*(masked_mean(captured[path]) for path in paths), pooled], dim=1)
 
 
-def mean_over_samples(batches: Iterable[Tensor]) -> np.ndarray:
-    """Mean over the first dimension of all batches together, whatever their sizes, accumulated in float64."""
+def mean_over_samples(batches: Iterable[Tensor], weights: np.ndarray | None = None) -> np.ndarray:
+    """Mean over the first dimension of all batches together, whatever their sizes, accumulated in float64.
+
+    Args:
+        batches: [B, ...] each.
+        weights: of the samples, [N], with sum one; None for equal ones.
+    """
     total, count = None, 0
     for batch in batches:
-        part = batch.double().sum(dim=0)
-        total = part if total is None else total + part
+        values = batch.double()
+        if weights is not None:
+            own = torch.from_numpy(weights[count : count + len(batch)])
+            values = values * own.reshape(-1, *[1] * (batch.dim() - 1))
+        total = values.sum(dim=0) if total is None else total + values.sum(dim=0)
         count += len(batch)
     if total is None:
         raise ValueError("the mean of no samples is not defined")
-    return (total / count).numpy()
+    return (total if weights is not None else total / count).numpy()
 
 
-def routing_vectors(model: CLIPModel, paths: list[str], batches: Iterable[Tensor]) -> np.ndarray:
+def routing_vectors(
+    model: CLIPModel, paths: list[str], batches: Iterable[Tensor], weights: np.ndarray | None = None
+) -> np.ndarray:
     """Routing vectors of an expert (Jiang et al. 2026, Eq. 7 and 8).
 
     e^(l) = the mean over samples of the mean over tokens of z^(l), the input of layer l's feed-forward sublayer in the expert.
@@ -73,11 +106,12 @@ def routing_vectors(model: CLIPModel, paths: list[str], batches: Iterable[Tensor
         model: the expert.
         paths: its feed-forward sublayers.
         batches: pixel values of all samples, in any split.
+        weights: of the samples, [N], with sum one; None for equal ones.
 
     Returns:
         float64 [L, d].
     """
-    return mean_over_samples(mean_ffn_inputs(model, paths, batches))
+    return mean_over_samples((features[:, :-1] for features in sample_features(model, paths, batches)), weights)
 
 
 def router_rows(vectors: np.ndarray, covariance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ def code_of(reply: Message) -> int:
 def test_a_profile_is_the_mean_embedding_and_the_clients_number(small: Settings, tmp_path: Path) -> None:
     reply = ask("profile", small, tmp_path, client=1)
     assert set(reply.content) == {ARRAYS}
-    assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector"}
+    assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector", "seed-ffn-inputs"}
     arrays = decode_reply(reply.content, reply_artifacts("profile", small, load_seed(small.seed_model)))
     assert arrays["client"] == 1
     # The last of these batches is smaller than the others.
@@ -80,7 +80,27 @@ def test_an_expert_reply_holds_the_declared_arrays_and_nothing_else(small: Setti
     arrays = decode_reply(reply.content, declared)
     # It trained: B starts at zero.
     assert all(np.abs(array).max() > 0 for name, array in arrays.items() if "lora_B" in name)
-    assert (tmp_path / "clients" / "digits" / "expert" / "adapter_model.safetensors").is_file()
+    assert len(list((tmp_path / "clients" / "digits" / "experts").glob("*/adapter_model.safetensors"))) == 1
+
+
+def test_an_expert_is_trained_once_for_what_made_it(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask("expert", small, tmp_path).content[ARRAYS]
+    routed = validated(small.model_dump() | {"router": small.router.model_dump() | {"context": 0.5}})
+    trained = []
+    train = answers.train_expert
+    monkeypatch.setattr(answers, "train_expert", lambda *a: trained.append(1) or train(*a))
+    again = ask("expert", routed, tmp_path).content[ARRAYS]
+    assert not trained
+    assert all(first[name].data == again[name].data for name in first)
+    for change in (
+        {"seed": 1},
+        {"lora": small.lora.model_dump() | {"alpha": 5}},
+        {"expert_training": small.expert_training.model_dump() | {"learning_rate": 1e-2}},
+        {"data": small.data.model_dump() | {"private_samples": 41}},
+    ):
+        ask("expert", validated(small.model_dump() | change), tmp_path)
+    ask("expert", small, tmp_path, arrays={"proxies": np.arange(small.proxies.count)[::-1].copy()})
+    assert len(trained) == 5
 
 
 def test_with_proxy_vectors_no_routing_vectors_leave(small: Settings, tmp_path: Path) -> None:

@@ -39,12 +39,12 @@ def test_overrides_and_files(tmp_path: Path) -> None:
         ("nonsense=1", UnknownSettingError, "'nonsense'; known here: clients"),
         ("router.topk=1", UnknownSettingError, "'router.topk'; known here: context"),
         ("seed.x=1", InvalidSettingError, "seed"),
-        ("router.rows=best", InvalidSettingError, "router.rows = 'best'.*'fisher' or 'dot'"),
+        ("router.rows=best", InvalidSettingError, "router.rows = 'best'.*'fisher', 'dot' or 'fresh'"),
         ("clients=0", InvalidSettingError, "clients = 0.*greater than or equal to 1"),
         ("clients=many", InvalidSettingError, "clients = 'many'"),
         ("expert-training.learning-rate=-1", InvalidSettingError, "learning-rate = -1"),
         ("expert-training.learning-rate=nan", InvalidSettingError, "learning-rate"),
-        ("router.top-k=9", InvalidSettingError, "top-k = 9 is more than clients = 3"),
+        ("router.top-k=9", InvalidSettingError, "top-k = 9 is more than the 4 experts of clients = 3"),
         ("proxies.count=5000", ProxyCountError, "proxies.count = 5000 is more than proxies.pool = 2000"),
         ("data.prompt=x", InvalidSettingError, "no {}"),
         ("data.domains=['greek','greek']", InvalidSettingError, "twice"),
@@ -66,7 +66,34 @@ def test_a_lambda_that_could_not_learn_is_refused() -> None:
     both = ["router.context=1", "router-training.supervision=both"]
     load_settings("glyphs", both)
     with pytest.raises(InvalidSettingError, match="no gradient from provenance"):
-        load_settings("glyphs", [*both, "router.renormalise=true"])
+        load_settings("glyphs", [*both, "router.top-k=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["router.decide=per-layer"], "evidence = prefix needs router.decide = once"),
+        (["router.decide=per-layer", "router.evidence=layer"], "vectors = seed needs router.decide = once"),
+        (["router-training.train-router=false"], "neither router nor experts"),
+        (["router-training.samples=public", "router-training.supervision=both"], "no client's"),
+        (
+            [
+                "router-training.train-router=false",
+                "router-training.train-experts=true",
+                "router-training.supervision=provenance",
+            ],
+            "provenance trains the router alone",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        load_settings("glyphs", overrides)
+
+
+def test_the_seed_is_one_more_name_only_if_it_is_an_expert() -> None:
+    assert load_settings("glyphs").expert_names == ["digits", "greek", "arrows", "seed"]
+    assert load_settings("glyphs", ["router.seed-expert=false"]).expert_names == ["digits", "greek", "arrows"]
 
 
 def test_missing_and_broken_presets(tmp_path: Path) -> None:

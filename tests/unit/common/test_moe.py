@@ -10,7 +10,7 @@ from transformers import CLIPModel
 from common.config import Settings, validated
 from common.model.lora import save_adapter, with_lora
 from common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
-from common.model.routing import masked_mean
+from common.model.routing import ffn_inputs, masked_mean
 from common.model.seed import Seed, embed
 from server.unify import train_router
 from tests.conftest import WORDS, random_expert, random_features, random_pixels
@@ -124,6 +124,39 @@ def test_masked_mean_of_a_hand_computed_case() -> None:
     assert masked_mean(z, mask).flatten().tolist() == [2.0, 2.0, 0.0]
 
 
+def test_a_router_sees_the_ffn_inputs_of_the_layers_below_side_by_side(seed: Seed, settings: Settings) -> None:
+    settings = variant(settings, router__evidence="prefix", lora__first_layer=1)
+    weights = RouterWeights(random_features(3, 2 * seed.width), np.arange(3.0), 0.4)
+    experts = [random_expert(seed, settings, k) for k in range(3)]
+    model = UnifiedModel(seed, experts, settings.lora, settings.router, [weights]).eval()
+    pixels = random_pixels(3)
+    with ffn_inputs(seed.model, seed.ffn_paths) as inputs, torch.inference_mode():
+        embed(seed.model, pixels)
+        # Neither layer has an expert below it, so the unified model's states are still the seed's.
+        both = torch.cat([inputs[path] for path in seed.ffn_paths], dim=-1)
+        expected = Router(weights, True, True)(both)
+        torch.testing.assert_close(model(pixels)[1][0], expected, atol=1e-5, rtol=1e-5)
+        # A second call does not see the first one's.
+        torch.testing.assert_close(model(pixels)[1][0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "renormalise"), [(1, False), (1, True), (2, True)])
+def test_the_seed_as_an_expert_is_the_seed_where_it_is_chosen(
+    seed: Seed, settings: Settings, top_k: int, renormalise: bool
+) -> None:
+    settings = variant(settings, router__seed_expert=True, router__top_k=top_k, router__renormalise=renormalise)
+    # Biases so far apart that the probability of one expert is 1.
+    for favourite, expected in ((3, seed.model), (1, with_lora(seed, settings.lora, random_expert(seed, settings, 1)))):
+        biases = np.where(np.arange(4) == favourite, 1_000.0, 0.0)
+        weights = RouterWeights(np.zeros((4, seed.width)), biases, 0.4)
+        experts = [random_expert(seed, settings, k) for k in range(3)]
+        model = UnifiedModel(seed, experts, settings.lora, settings.router, [weights]).eval()
+        with torch.inference_mode():
+            pixels = random_pixels(4)
+            torch.testing.assert_close(model(pixels)[0], embed(expected, pixels), atol=5e-6, rtol=1e-5)
+            assert model(pixels)[1][0].shape[-1] == 4
+
+
 def test_held_decision_is_the_lowest_layers(seed: Seed, settings: Settings) -> None:
     model = build(seed, settings)
     _, decisions = model(random_pixels(2))
@@ -173,7 +206,9 @@ def test_rows_and_lambda_are_trained_wherever_it_is_said(
 
 def test_renormalised_top_1_is_refused_where_only_the_task_loss_could_train_it() -> None:
     with pytest.raises(Exception, match="renormalise"):
-        validated({"router": {"renormalise": True}, "router-training": {"supervision": "task"}})
+        validated({"router": {"top-k": 1}, "router-training": {"supervision": "task"}})
+    # Nothing is lost by it where only the experts are to be trained.
+    validated({"router": {"top-k": 1}, "router-training": {"train-router": False, "train-experts": True}})
 
 
 def test_experts_move_only_if_they_are_to_be_trained(seed: Seed, settings: Settings) -> None:

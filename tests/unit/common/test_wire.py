@@ -156,6 +156,7 @@ def test_a_request_of_another_kind_is_refused(small: Settings, change: dict, rea
 
 
 def test_an_expert_reply_is_lora_and_routing_vectors_and_nothing_else(seed: Seed, settings: Settings) -> None:
+    settings = settings.model_copy(update={"router": settings.router.model_copy(update={"decide": "per-layer"})})
     artifacts = reply_artifacts("expert", settings, seed)
     matrices = [a for a in artifacts if ".lora_" in a.name]
     assert [a.name for a in artifacts if a not in matrices] == ["routing-vectors"]
@@ -173,7 +174,28 @@ def test_accuracy_is_declared_only_if_the_settings_allow_it(seed: Seed) -> None:
 
 def test_delivery_has_one_router_or_one_a_layer(seed: Seed) -> None:
     def routers(decide: str) -> int:
-        artifacts = request_artifacts("deliver", validated({"router": {"decide": decide}}), seed)
-        return sum(a.name.endswith(".rows") for a in artifacts)
+        router = {"decide": decide, "evidence": "layer", "vectors": "private"}
+        artifacts = request_artifacts("deliver", validated({"router": router}), seed)
+        shapes = [a.shape for a in artifacts if a.name.endswith(".rows")]
+        # Three clients and the seed.
+        assert set(shapes) == {(4, 16)}
+        return len(shapes)
 
     assert (routers("once"), routers("per-layer")) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sent"),
+    [
+        ({}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16)}),
+        ({"router": {"evidence": "layer"}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (1, 16)}),
+        ({"router": {"vectors": "proxy"}}, {"seed-routing-vector": (16,)}),
+        ({"router": {"vectors": "private"}}, {"seed-routing-vector": (16,)}),
+        ({"router": {"vectors": "proxy"}, "proxies": {"relevance": "classifier"}}, {"relevance-classifier": (17,)}),
+        ({"router": {"vectors": "proxy"}, "proxies": {"selection": "random"}}, {}),
+    ],
+)
+def test_a_profile_is_what_the_settings_need_and_no_more(seed: Seed, changes: dict, sent: dict) -> None:
+    settings = validated({"lora": {"first-layer": 1}} | changes)
+    artifacts = reply_artifacts("profile", settings, seed)
+    assert {a.name: a.shape for a in artifacts} == {"client": (), **sent}

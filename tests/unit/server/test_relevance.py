@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from common.fisher import fisher_rows, shrunk_covariance
-from server.relevance import fisher_scores, logistic_link
+from server.relevance import fisher_scores, logistic_link, tempered_weights
 from tests.conftest import random_features
 
 
@@ -41,3 +41,21 @@ def test_link_keeps_the_order_and_sums_to_the_pool() -> None:
     assert relevance.sum() == pytest.approx(50, abs=1e-3)
     assert (np.diff(relevance[np.argsort(scores)]) >= 0).all()
     assert np.isfinite(np.log(relevance[np.argsort(-scores)[:50]])).all()
+
+
+def test_tempered_weights_keep_the_effective_sample_size() -> None:
+    scores = random_features(50, 1).ravel() * 20
+    for share in (0.1, 0.5, 0.9):
+        weights = tempered_weights(scores, share)
+        assert weights.sum() == pytest.approx(1)
+        assert 1 / (weights**2).sum() == pytest.approx(share * 50, rel=1e-6)
+        # The more relevant weighs more.
+        assert (np.diff(weights[np.argsort(scores)]) >= 0).all()
+    np.testing.assert_allclose(tempered_weights(scores, 1.0), 1 / 50)
+
+
+def test_weights_of_a_hand_computed_case_are_density_ratios() -> None:
+    # exp(s) = 1 : 3, far from the bound of a half, so the temperature stays at one.
+    np.testing.assert_allclose(tempered_weights(np.array([0.0, np.log(3)]), 0.5), [0.25, 0.75])
+    # Nothing to tell them apart.
+    np.testing.assert_allclose(tempered_weights(np.zeros(4), 0.5), 0.25)

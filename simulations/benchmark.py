@@ -1,0 +1,358 @@
+"""Methods times seeds, into one table: every part is done once, in two processes at a time, and a stopped benchmark goes on."""
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from client.app import respond
+from client.site import Site
+from common.compute import threads
+from common.config import Settings, load_settings, to_toml
+from common.data.datasets import load_private, load_public
+from common.errors import InputFileError, MetaMoEError
+from common.files import cache_folder, replaced_folder, write_atomically, write_json
+from common.model.artifact import load_model, save_model
+from common.model.lora import Expert, load_adapter, save_adapter, with_lora
+from common.model.moe import UnifiedModel
+from common.model.seed import Seed, load_seed
+from common.wire import Kind, RecordDict, encode_reply
+from server.stages import run_stages
+from server.unify import router_samples, unify
+from simulations.evaluate import (
+    PUBLIC,
+    Scores,
+    dense,
+    ensemble,
+    image_sets,
+    own_share,
+    percent_right,
+    routing_shares,
+    soup,
+)
+from simulations.fedavg import federated_average
+from simulations.methods import Method, ablations, main_methods
+from simulations.prepare import prepare
+from simulations.projection import project
+from simulations.tables import FORMAT, REFERENCE, RESULTS, Record, Results, Sent, markdown
+
+PARALLEL = 2
+_POOLED = {"train_experts": True, "supervision": "both", "epochs": 5, "learning_rate": 1e-3}
+_FEDAVG_LOCAL_EPOCHS = 2
+_LABEL_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark runs: a preset with its changes, methods, seeds, and where results go."""
+
+    preset: str
+    overrides: tuple[str, ...]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    out: Path
+
+    def settings(self, method: Method | None, seed: int) -> Settings:
+        """The settings of one method with one seed. One thread each, as several run at a time."""
+        changes = [*self.overrides, *(method.settings if method else ())]
+        return load_settings(self.preset, [*changes, f"seed={seed}", "compute.server-threads=1", "report-accuracy=false"])
+
+    def file(self, method: Method, seed: int) -> Path:
+        """Where the outcome of one method with one seed is kept: by the hash of what decides it."""
+        made_of = (method.use, method.client, self.settings(method, seed).model_dump(mode="json", exclude={"preset"}))
+        return self.out / "outcomes" / f"{_hash(made_of)}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method reached with one seed; see :class:`simulations.tables.Record`."""
+
+    domains: dict[str, float]
+    public: float
+    own_expert_share: float | None
+    bytes_up: float
+    bytes_down: float
+    unify_seconds: float | None
+    inference_ms: float
+    routing: dict[str, list[list[float]]] | None
+    expert_names: list[str]
+    sent: dict[str, list[dict[str, Any]]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A method ready to answer: for each domain and the public samples how, and what it took to get there."""
+
+    scores: Mapping[str, Scores]
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+    unify_seconds: float | None = None
+    unified: UnifiedModel | None = None
+    sent: Mapping[str, list[dict[str, Any]]] | None = None
+
+
+def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
+    """Run what is not there yet of a plan; write ``results.json``, ``projection.json`` and ``tables.md`` into its folder.
+
+    Args:
+        plan: what to run. The results show everything of its preset that is done for its seeds, by earlier calls too.
+        progress: called with parts done, parts in all, and what has just been done.
+    """
+    _prepare(plan)
+    parts = [(method, seed) for method in plan.methods for seed in plan.seeds]
+    missing = [part for part in parts if not plan.file(*part).is_file()]
+    done = len(parts) - len(missing)
+    progress(done, len(parts), "")
+    with ProcessPoolExecutor(PARALLEL, get_context("spawn")) as pool:
+        try:
+            waiting = {pool.submit(run_part, plan, *part): part for part in missing}
+            while waiting:
+                finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    method, seed = waiting.pop(future)
+                    done += 1
+                    progress(done, len(parts), f"{method.name}, seed {seed}")
+            pool.submit(_project, plan).result()
+        except BaseException:
+            # Whatever it was, also Ctrl-C: the other parts end now, and what is done is kept.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.kill()
+            raise
+    results = collect(plan)
+    write_atomically(plan.out / RESULTS, results.model_dump_json(indent=1) + "\n")
+    write_atomically(plan.out / "tables.md", markdown(results) + "\n")
+    return results
+
+
+def run_part(plan: Plan, method: Method, seed: int) -> None:
+    """One method with one seed, from data to a file with its outcome."""
+    started = time.monotonic()
+    settings = plan.settings(method, seed)
+    with threads(settings.compute.server_threads):
+        model = _build(method, settings)
+        outcome = _evaluate(settings, model)
+    write_json(plan.file(method, seed), {**asdict(outcome), "seconds": round(time.monotonic() - started, 1)})
+
+
+def collect(plan: Plan) -> Results:
+    """Everything of a preset that is done for all seeds of a plan, as results."""
+    settings = plan.settings(None, plan.seeds[0])
+    main, extra = list(_done(plan, main_methods(settings))), list(_done(plan, ablations()))
+    first = next((outcomes[0] for method, outcomes in main if method.name == REFERENCE), None)
+    return Results(
+        format=FORMAT,
+        command=shlex.join(["metamoe", *sys.argv[1:]]),
+        date=date.today().isoformat(),
+        version=version("metamoe-fl"),
+        part_seconds=round(sum(outcome.seconds for _, outcomes in [*main, *extra] for outcome in outcomes), 1),
+        preset=settings.preset,
+        settings=to_toml(settings),
+        seeds=list(plan.seeds),
+        clients=settings.client_names,
+        methods={method.name: _record(method, outcomes) for method, outcomes in main},
+        ablations={method.name: _record(method, outcomes) for method, outcomes in extra},
+        sent={name: [Sent.model_validate(array) for array in arrays] for name, arrays in first.sent.items()} if first else {},
+    )
+
+
+def _prepare(plan: Plan) -> None:
+    """Find what is wrong or missing before the first hour is spent."""
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputFileError(f"--out {plan.out} cannot be used: {error}") from error
+    for method in plan.methods:
+        plan.settings(method, plan.seeds[0])
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(prepare, plan.settings(None, plan.seeds[0])).result()
+
+
+def _done(plan: Plan, methods: Sequence[Method]) -> Iterator[tuple[Method, list[Outcome]]]:
+    for method in methods:
+        try:
+            files = [plan.file(method, seed) for seed in plan.seeds]
+            # A switch that the preset itself has set is no ablation.
+            same = method.group and method.use == "unified" and plan.settings(method, 0) == plan.settings(None, 0)
+        except MetaMoEError:
+            # Its settings do not go with this preset, so it was never run.
+            continue
+        if not same and all(file.is_file() for file in files):
+            yield method, [Outcome(**json.loads(file.read_text())) for file in files]
+
+
+def _record(method: Method, outcomes: Sequence[Outcome]) -> Record:
+    return Record(
+        about=method.about,
+        private=method.private,
+        group=method.group,
+        average=[round(float(np.mean(list(outcome.domains.values()))), 3) for outcome in outcomes],
+        domains={domain: [outcome.domains[domain] for outcome in outcomes] for domain in outcomes[0].domains},
+        public=[outcome.public for outcome in outcomes],
+        own_expert_share=[outcome.own_expert_share for outcome in outcomes],
+        bytes_up=[outcome.bytes_up for outcome in outcomes],
+        bytes_down=[outcome.bytes_down for outcome in outcomes],
+        unify_seconds=[outcome.unify_seconds for outcome in outcomes],
+        inference_ms=[outcome.inference_ms for outcome in outcomes],
+        routing=[outcome.routing for outcome in outcomes],
+        expert_names=outcomes[0].expert_names,
+    )
+
+
+def _build(method: Method, settings: Settings) -> Model:
+    """Everything up to a model that can be asked."""
+    seed = load_seed(settings.seed_model)
+    everywhere = [*settings.data.domains, PUBLIC]
+    if method.use == "seed":
+        return Model(dict.fromkeys(everywhere, dense(seed.model)))
+    if method.use == "fedavg":
+        return _fedavg(seed, settings, everywhere)
+    folder = _run(settings)
+    summary = json.loads((folder / "server" / "summary.json").read_text())
+    clients = summary["clients"]
+    up, down = (float(np.mean([client[key] for client in clients])) for key in ("bytes_up", "bytes_down"))
+    experts = [load_adapter(folder / "server" / "experts" / name) for name in settings.client_names]
+    alone = [dense(with_lora(seed, settings.lora, expert)) for expert in experts]
+    match method.use:
+        case "expert":
+            # It is where it was trained, and nothing is sent.
+            return Model(dict.fromkeys(everywhere, alone[method.client]))
+        case "oracle":
+            own = {d: [s for k, s in enumerate(alone) if settings.client_domain(k) == d] for d in settings.data.domains}
+            by_domain = {d: members[0] if len(members) == 1 else ensemble(members) for d, members in own.items()}
+            return Model(by_domain | {PUBLIC: dense(seed.model)}, up, down)
+        case "ensemble":
+            return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
+        case "soup":
+            merged, lora = soup(experts, settings.lora)
+            return Model(dict.fromkeys(everywhere, dense(with_lora(seed, lora, merged))), up, down)
+        case "pooled":
+            return _pooled(seed, settings, folder, experts, everywhere)
+        case _:
+            unified = load_model(folder / "model").model
+            sent = {client["name"]: client["artifacts"] for client in clients}
+            return Model(dict.fromkeys(everywhere, unified.logits), up, down, summary["cpu_seconds"]["unify"], unified, sent)
+
+
+def _run(settings: Settings) -> Path:
+    """The run folder of these settings, after running the stages if that was not done before.
+
+    Clients answer in this process. Runs, and what clients keep, their experts above all, lie in the cache by what made them, so
+    that an expert is trained once, whatever the table.
+    """
+    folder = _cache("runs") / _training_key(settings)
+    state = _cache("clients")
+
+    def ask(kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict]]:
+        for client, content in requests.items():
+            # The delivered model is evaluated below, with all others.
+            yield client, encode_reply({}) if kind == "deliver" else respond(kind, content, Site(client, state))
+
+    # Several methods use the same run: the first to come here does it.
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "server" / "summary.json").is_file():
+            run_stages(settings, range(settings.clients), ask, folder)
+    return folder
+
+
+def _pooled(seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], everywhere: Sequence[str]) -> Model:
+    """Experts and router trained on what no server may see: all private samples in one place."""
+    private = [load_private(settings, client, "train") for client in range(settings.clients)]
+    target, spent = folder / "pooled", None
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            routers = [router.weights() for router in load_model(folder / "model").model.routers]
+            trained = settings.model_copy(update={"router_training": settings.router_training.model_copy(update=_POOLED)})
+            samples = router_samples(trained, load_public(settings.data), private)
+            started = time.process_time()
+            weights = unify(seed, trained, experts, routers, samples, _quietly)
+            spent = time.process_time() - started
+            save_model(target, seed, settings, settings.client_names, [], weights)
+    unified = load_model(target).model
+    pixels = float(np.mean([len(data) * (np.asarray(data[0]["image"]).nbytes + _LABEL_BYTES) for data in private]))
+    return Model(dict.fromkeys(everywhere, unified.logits), pixels, 0.0, spent, unified)
+
+
+def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
+    rounds = max(1, settings.expert_training.epochs // _FEDAVG_LOCAL_EPOCHS)
+    target = _cache("fedavg") / _training_key(settings)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            private = [load_private(settings, client, "train") for client in range(settings.clients)]
+            with replaced_folder(target) as new:
+                expert = federated_average(seed, settings, private, load_public(settings.data), rounds, _quietly)
+                save_adapter(new, seed, settings.lora, expert)
+    expert = load_adapter(target)
+    payload = float(rounds * sum(tensor.numpy().nbytes for tensor in expert.values()))
+    scores = dense(with_lora(seed, settings.lora, expert))
+    return Model(dict.fromkeys(everywhere, scores), payload + rounds * _LABEL_BYTES, payload)
+
+
+def _evaluate(settings: Settings, model: Model) -> Outcome:
+    sets = image_sets(settings.seed_model, settings.data)
+    domains: dict[str, float] = {}
+    seconds = images = 0.0
+    for test in sets[:-1]:
+        started = time.process_time()
+        domains[test.name] = round(percent_right(model.scores[test.domain], test), 3)
+        seconds, images = seconds + time.process_time() - started, images + len(test.labels)
+    routing = None
+    if model.unified is not None:
+        routing = {test.name: routing_shares(model.unified, test.pixels) for test in sets[:-1]}
+    return Outcome(
+        domains=domains,
+        public=round(percent_right(model.scores[PUBLIC], sets[-1]), 3),
+        own_expert_share=None
+        if routing is None
+        else round(float(np.mean([own_share(settings, test, routing[test.name]) for test in sets[:-1]])), 4),
+        bytes_up=model.bytes_up,
+        bytes_down=model.bytes_down,
+        unify_seconds=model.unify_seconds,
+        inference_ms=round(1_000 * seconds / images, 4),
+        routing=routing,
+        expert_names=[] if routing is None else settings.expert_names,
+        sent=dict(model.sent or {}),
+        seconds=0.0,
+    )
+
+
+def _project(plan: Plan) -> None:
+    """Coordinates for the picture of proxies beside private samples, worked out once for these settings."""
+    settings = plan.settings(None, plan.seeds[0])
+    file = plan.out / "outcomes" / f"projection-{_training_key(settings)}.json"
+    if not file.is_file():
+        write_json(file, {"clients": project(settings)})
+    write_atomically(plan.out / "projection.json", file.read_bytes())
+
+
+def _training_key(settings: Settings) -> str:
+    """Hash of all settings but those that only say what a model is evaluated on."""
+    return _hash(settings.model_dump(mode="json", exclude={"preset": True, "data": {"test_corruptions", "evaluate_on"}}))
+
+
+def _cache(name: str) -> Path:
+    folder = cache_folder() / "benchmark" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _quietly(_done: int, _total: int) -> None:
+    """No progress within a part."""

@@ -1,0 +1,69 @@
+"""Federated averaging of one LoRA adapter, as Flower's users do it today: the baseline that sends weights every round."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+from client.expert import train_expert
+from common.compute import derived_seed
+from common.config import Settings
+from common.data.datasets import label_space
+from common.data.tasks import class_names
+from common.model.lora import Expert, expert_of, with_lora
+from common.model.seed import Seed
+
+_STAGE = 4
+_COUNT = "num-examples"
+
+
+def federated_average(
+    seed: Seed,
+    settings: Settings,
+    private: Sequence[Dataset],
+    public: Dataset,
+    rounds: int,
+    progress: Callable[[int, int], None],
+) -> Expert:
+    """One adapter after ``rounds`` rounds of FedAvg (McMahan et al., 2017) over the LoRA matrices.
+
+    In each round every client trains the current adapter on its private samples, for as many epochs that all rounds together
+    are those of one expert; the matrices are averaged with the clients' numbers of samples as weights, which FedAvg has them
+    send.
+
+    Args:
+        seed, settings: of the run; learning rate and epochs are the experts', the rate falling over the rounds.
+        private: each client's samples.
+        public: the public set, for its class names only.
+        rounds: at most the experts' epochs, which they divide.
+        progress: called with rounds done and in all.
+    """
+    training = settings.expert_training
+    spaces = [label_space(class_names(data), class_names(public)) for data in private]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(settings.seed, _STAGE))
+        shared = expert_of(with_lora(seed, settings.lora))
+    for number in range(rounds):
+        progress(number, rounds)
+        local = training.model_copy(
+            update={"epochs": training.epochs // rounds, "learning_rate": training.learning_rate * (1 - number / rounds)}
+        )
+        # Another seed in every round: another order of the samples.
+        order = derived_seed(settings.seed, _STAGE, number)
+        own = settings.model_copy(update={"expert_training": local, "seed": order})
+        replies = []
+        for client, (data, space) in enumerate(zip(private, spaces, strict=True)):
+            trained = train_expert(seed, own, client, [data], space, lambda _done, _total: None, start=shared)
+            replies.append(_reply(trained, len(data)))
+        record = aggregate_arrayrecords(replies, _COUNT)
+        shared = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
+    progress(rounds, rounds)
+    return shared
+
+
+def _reply(expert: Expert, samples: int) -> RecordDict:
+    arrays = {name: Array(tensor.float().numpy().astype(np.float32)) for name, tensor in expert.items()}
+    return RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord({_COUNT: samples})})

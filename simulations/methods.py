@@ -1,0 +1,224 @@
+"""The methods that a benchmark compares, as data: each is the same stages with some switches set, and a use of what they give.
+
+The baselines are set up as the paper does (Jiang et al. 2026, 4.1), all with the same seed, the same LoRA shape and the same
+private samples. Where it is silent, learning rates and top-k are the best of a few on validation data (docs/benchmarks.md).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.config import Settings
+from common.errors import InvalidSettingError
+
+Use = Literal["seed", "expert", "oracle", "ensemble", "soup", "unified", "pooled", "fedavg"]
+"""How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'
+probabilities; one dense model with the experts' mean weights; the unified model; the unified model trained on all private
+samples in one place; one adapter by federated averaging.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a benchmark's table.
+
+    ``settings`` change the preset's, ``client`` is the number of the expert for ``use = "expert"``, ``private`` says that no
+    private sample leaves a client, and ``group`` is the question an ablation answers.
+    """
+
+    name: str
+    use: Use
+    about: str
+    settings: tuple[str, ...] = ()
+    client: int = 0
+    private: bool = True
+    group: str = ""
+
+
+_PER_LAYER = ("router.decide=per-layer", "router.evidence=layer", "router.seed-expert=false")
+# Experts as they are, with nothing decided about proxies or router.
+_EXPERTS_ONLY = (
+    "expert-training.samples=private",
+    "proxies.selection=random",
+    "router.rows=fresh",
+    "router.vectors=proxy",
+    "router-training.supervision=none",
+)
+_TOKEN_ALONE = ("router.context=0", "router.learn-context=false")
+# 5 epochs over random public samples. BTX trains experts and router, with the two best experts; in the mixture of LoRAs the
+# experts are frozen and all take part.
+_PUBLIC_ROUTER = (
+    "expert-training.samples=private",
+    "proxies.selection=random",
+    *_PER_LAYER,
+    *_TOKEN_ALONE,
+    "router.rows=fresh",
+    "router.vectors=proxy",
+    "router-training.samples=public",
+    "router-training.epochs=5",
+)
+_PAPER = (
+    "proxies.relevance=classifier",
+    *_PER_LAYER,
+    "router.rows=dot",
+    "router.vectors=private",
+    "router.context=0.3",
+    "router-training.epochs=5",
+    "router-training.train-experts=true",
+    "router-training.learning-rate=1e-3",
+)
+_TOP_1 = ("router.top-k=1", "router.renormalise=false")
+# One stage less: what is pooled is trained on afterwards.
+_POOLED = ("expert-training.samples=private", "router-training.supervision=none")
+
+
+def main_methods(settings: Settings) -> list[Method]:
+    """The rows of the main table."""
+    names = settings.client_names
+    experts = [
+        Method(f"expert:{name}", "expert", f"the expert of {name} alone, on everything", client=k)
+        for k, name in enumerate(names)
+    ]
+    everyone = f"router.top-k={settings.clients}"
+    return [
+        Method("zero-shot", "seed", "the seed, untrained"),
+        *experts,
+        Method(
+            "oracle", "oracle", "each test set by its own domain's experts, public samples by the seed: the ceiling of routing"
+        ),
+        Method("btm", "ensemble", "Branch-Train-Merge: the mean of all experts' probabilities", _EXPERTS_ONLY),
+        Method("soup", "soup", "Model Soup: the experts' mean weights in one dense model", _EXPERTS_ONLY),
+        Method(
+            "btx",
+            "unified",
+            "Branch-Train-MiX: a fresh router in every layer, trained with the experts on random public samples, top-2",
+            (*_PUBLIC_ROUTER, "router-training.learning-rate=1e-4", "router-training.train-experts=true"),
+        ),
+        Method(
+            "mixture-of-loras",
+            "unified",
+            "frozen experts, all of them mixed by a fresh router in every layer that is trained on random public samples",
+            (*_PUBLIC_ROUTER, "router-training.learning-rate=1e-3", everyone),
+        ),
+        Method(
+            "flexolmo",
+            "unified",
+            "FlexOlmo: router rows are private means, trained with the experts on proxies chosen by relevance alone, top-2",
+            (
+                "expert-training.samples=private",
+                "proxies.selection=relevance",
+                *_PER_LAYER,
+                *_TOKEN_ALONE,
+                "router.rows=dot",
+                "router.vectors=private",
+                "router-training.epochs=5",
+                "router-training.train-experts=true",
+                "router-training.learning-rate=1e-4",
+            ),
+        ),
+        Method("fedavg", "fedavg", "federated averaging of one LoRA adapter over rounds, by Flower's own aggregation"),
+        Method("metamoe-paper", "unified", "the paper's method: Eq. 6, task loss, every layer decides", (*_PAPER, *_TOP_1)),
+        Method(
+            "metamoe-released",
+            "unified",
+            "the paper's released code: the one weight is renormalised to 1, so router and lambda never learn",
+            (*_PAPER, "router.top-k=1", "router.renormalise=true", "router-training.train-router=false"),
+        ),
+        Method(
+            "unrestricted-moe", "pooled", "the same model, trained on all private samples in one place", _POOLED, private=False
+        ),
+        Method("metamoe", "unified", "this product's default"),
+    ]
+
+
+# Public classes that show what a domain shows, or letters of its script.
+_NEAR = (
+    *("DIGIT", "NUMBER", "NUMERAL", "FRACTION", "SUPERSCRIPT", "SUBSCRIPT", "CIRCLED", "MATHEMATICAL", "GREEK", "COPTIC"),
+    *("ARROW", "ARROWS", "ARROWHEAD", "HARPOON", "HARPOONS", "CYRILLIC", "OPERATOR", "SIGN", "SYMBOL"),
+)
+
+_ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "proxies": {
+        "by relevance alone": ("proxies.selection=relevance",),
+        "random": ("proxies.selection=random",),
+    },
+    "relevance": {"trained classifier": ("proxies.relevance=classifier",)},
+    "sizes": {
+        "m = 50": ("proxies.count=50",),
+        "m = 400": ("proxies.count=400",),
+        "n = 500": ("proxies.pool=500",),
+        "n = 8000": ("proxies.pool=8000",),
+    },
+    "context": {
+        "lambda = 0": ("router.context=0", "router.learn-context=false"),
+        "lambda from 0.3": ("router.context=0.3",),
+        "lambda = 1": ("router.context=1", "router.learn-context=false"),
+    },
+    "rows": {"dot products": ("router.rows=dot",), "fresh": ("router.rows=fresh",)},
+    "decision": {
+        "every layer": ("router.decide=per-layer", "router.evidence=layer", "router.vectors=private"),
+        "once, its own layer alone": ("router.evidence=layer",),
+    },
+    "layer": {
+        "decided at 0": ("lora.first-layer=0",),
+        "decided at 2": ("lora.first-layer=2",),
+        "decided at 3": ("lora.first-layer=3",),
+    },
+    "seed-expert": {"without": ("router.seed-expert=false",)},
+    "aligned": {
+        "private samples alone": ("expert-training.samples=private",),
+        "proxies alone": ("expert-training.samples=proxies",),
+    },
+    "vectors": {
+        "private, in the experts": ("router.vectors=private",),
+        "proxies' means": ("router.vectors=proxy", "router.seed-expert=false"),
+        "proxies' plain means": ("router.vectors=proxy", "router.proxy-weights=equal", "router.seed-expert=false"),
+    },
+    "supervision": {
+        "untrained": ("router-training.supervision=none",),
+        "provenance": ("router-training.supervision=provenance",),
+        "both": ("router-training.supervision=both",),
+    },
+    "top-k": {
+        "top-1, Eq. 6": _TOP_1,
+        "top-2, Eq. 6": ("router.renormalise=false",),
+        "top-3": ("router.top-k=3",),
+    },
+    "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
+    "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
+}
+_MERGED = (
+    Method("merging: btm of aligned experts", "ensemble", "Branch-Train-Merge of metamoe's own experts", group="merging"),
+    Method("merging: soup of aligned experts", "soup", "Model Soup of metamoe's own experts", group="merging"),
+)
+
+
+def ablations() -> list[Method]:
+    """All ablations: metamoe with other switches, one question a group."""
+    switched = [
+        Method(f"{group}: {name}", "unified", "metamoe with " + ", ".join(settings), settings, group=group)
+        for group, members in _ABLATIONS.items()
+        for name, settings in members.items()
+    ]
+    return [*switched, *_MERGED]
+
+
+def chosen(settings: Settings, methods: Sequence[str], groups: Sequence[str]) -> list[Method]:
+    """The methods of these names and the ablations of these groups; ``"all"`` is all of them.
+
+    Raises:
+        InvalidSettingError: there is no such method or group; lists those there are.
+    """
+    main, extra = main_methods(settings), ablations()
+    _check("method", methods, [method.name for method in main])
+    _check("ablation", groups, list(dict.fromkeys(method.group for method in extra)))
+    return [
+        *(method for method in main if method.name in methods or "all" in methods),
+        *(method for method in extra if method.group in groups or "all" in groups),
+    ]
+
+
+def _check(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name != "all" and name not in known:
+            raise InvalidSettingError(f"unknown {kind} {name!r}; there are all, {', '.join(known)}")

@@ -1,0 +1,49 @@
+"""Where proxies lie beside private samples, in two dimensions: the counterpart of the paper's Figure 2."""
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+
+from client.profile import profile
+from common.compute import threads
+from common.config import Settings
+from common.data.datasets import load_private, load_public, public_fingerprint
+from common.data.tasks import batches
+from common.model.seed import embed, load_seed
+from server.proxies import public_features, select_proxies
+
+_SELECTIONS = ("random", "relevance", "dpp")
+_PRIVATE = 300
+_DIGITS = 3
+
+
+def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
+    """For each client, t-SNE coordinates of private samples (``"private"``, at most 300) and of the proxies that each way of
+    selection picks, all in one map.
+    """
+    seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    with threads(settings.compute.server_threads):
+        features = public_features(seed, [], public, public_fingerprint(settings.data), lambda _done, _total: None)[:, -1]
+        private = [load_private(settings, client, "train") for client in range(settings.clients)]
+        profiles = [profile(seed, settings, client, data, public) for client, data in enumerate(private)]
+        picked = {name: select_proxies(features, profiles, _selecting(settings, name)) for name in _SELECTIONS}
+        maps = {}
+        for client, name in enumerate(settings.client_names):
+            rng = np.random.default_rng(client)
+            sample = private[client].select(np.sort(rng.permutation(len(private[client]))[:_PRIVATE]))
+            with torch.inference_mode():
+                own = torch.cat([embed(seed.model, batch) for batch in batches(seed, sample)]).numpy()
+            groups = {"private": own} | {how: features[picked[how][client].ids] for how in _SELECTIONS}
+            maps[name] = _tsne(groups)
+    return maps
+
+
+def _selecting(settings: Settings, how: str) -> Settings:
+    return settings.model_copy(update={"proxies": settings.proxies.model_copy(update={"selection": how})})
+
+
+def _tsne(groups: dict[str, np.ndarray]) -> dict[str, list[list[float]]]:
+    points = np.concatenate(list(groups.values()))
+    flat = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
+    ends = np.cumsum([len(group) for group in groups.values()])[:-1]
+    return {name: part.round(_DIGITS).tolist() for name, part in zip(groups, np.split(flat.astype(float), ends), strict=True)}

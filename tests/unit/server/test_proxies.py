@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from common.config import Settings, validated
+from common.errors import ProxyCountError
+from server.proxies import select_proxies
+from tests.conftest import random_features
+
+
+def selecting(**proxies: object) -> Settings:
+    return validated({"proxies": {"count": 8, "pool": 40} | proxies})
+
+
+FEATURES = random_features(200, 5) + 2
+PROFILES = [{"seed-routing-vector": FEATURES.mean(0) + shift} for shift in (np.eye(5)[0] * 3, -np.eye(5)[1] * 3)]
+
+
+def test_by_relevance_alone_are_the_most_relevant_in_their_order() -> None:
+    selections = select_proxies(FEATURES, PROFILES, selecting(selection="relevance"))
+    for selection in selections:
+        assert (np.diff(selection.scores) <= 0).all()
+    # Towards its own mean: along the first axis up, along the second down.
+    assert FEATURES[selections[0].ids, 0].mean() > FEATURES[:, 0].mean() + 1
+    assert FEATURES[selections[1].ids, 1].mean() < FEATURES[:, 1].mean() - 1
+
+
+def test_a_dpp_stays_in_the_pool_and_is_more_diverse() -> None:
+    def volume(ids: np.ndarray) -> float:
+        unit = FEATURES[ids[:5]] / np.linalg.norm(FEATURES[ids[:5]], axis=1, keepdims=True)
+        return float(np.linalg.slogdet(unit @ unit.T)[1])
+
+    pool = select_proxies(FEATURES, PROFILES, selecting(selection="relevance", count=40))
+    dpp = select_proxies(FEATURES, PROFILES, selecting())
+    for candidates, selection in zip(pool, dpp, strict=True):
+        assert set(selection.ids) <= set(candidates.ids)
+        assert volume(selection.ids) > volume(candidates.ids)
+
+
+def test_random_ones_need_nothing_of_a_client_and_differ_between_clients() -> None:
+    first, second = select_proxies(FEATURES, [{}, {}], selecting(selection="random"))
+    assert len(set(first.ids)) == len(set(second.ids)) == 8
+    assert set(first.ids) != set(second.ids)
+    again = select_proxies(FEATURES, [{}, {}], selecting(selection="random"))
+    assert (again[0].ids == first.ids).all()
+
+
+def test_a_classifiers_log_odds_are_used_as_they_are() -> None:
+    # w = (0, 0, 1, 0, 0), b = -2.
+    profile = {"relevance-classifier": np.array([0, 0, 1, 0, 0, -2], dtype=np.float32)}
+    (selection,) = select_proxies(FEATURES, [profile], selecting(relevance="classifier", selection="relevance"))
+    np.testing.assert_array_equal(selection.ids, np.argsort(-FEATURES[:, 2], kind="stable")[:8])
+    np.testing.assert_allclose(selection.scores, FEATURES[selection.ids, 2] - 2)
+
+
+def test_a_pool_as_large_as_the_public_set_is_refused() -> None:
+    with pytest.raises(ProxyCountError, match="200 samples"):
+        select_proxies(FEATURES, PROFILES, selecting(pool=200))

@@ -1,0 +1,167 @@
+"""The benchmark: methods as data, and a table that is not worked out twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.config import Settings, load_settings, to_toml
+from common.errors import InvalidSettingError, MetaMoEError
+from simulations import benchmark
+from simulations.benchmark import Plan
+from simulations.methods import ablations, chosen, main_methods
+from simulations.tables import REFERENCE, markdown, read_results
+
+
+@pytest.fixture
+def preset(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "small.toml"
+    file.write_text(to_toml(small))
+    return file
+
+
+def test_every_method_and_ablation_is_a_valid_change_of_every_preset() -> None:
+    for preset in ("glyphs", "glyphs-skew", "glyphs-overlap", "glyphs-corrupted"):
+        methods = [*main_methods(load_settings(preset)), *ablations()]
+        assert len({method.name for method in methods}) == len(methods)
+        settings = [load_settings(preset, method.settings) for method in methods]
+        # An ablation changes something, and no two are the same.
+        switched = [s for s, method in zip(settings, methods, strict=True) if method.group and method.use == "unified"]
+        assert load_settings(preset) not in switched
+        assert len({s.model_dump_json() for s in switched}) == len(switched)
+
+
+def test_only_the_pooled_method_is_marked_as_not_private() -> None:
+    methods = main_methods(load_settings("glyphs"))
+    assert [method.name for method in methods if not method.private] == ["unrestricted-moe"]
+
+
+def test_flexolmo_sends_means_of_private_samples_alone_and_metamoe_does_not() -> None:
+    by_name = {method.name: method for method in main_methods(load_settings("glyphs"))}
+    flexolmo = load_settings("glyphs", by_name["flexolmo"].settings)
+    assert (flexolmo.expert_training.samples, flexolmo.router.vectors) == ("private", "private")
+    assert flexolmo.proxies.selection == "relevance"
+    paper = load_settings("glyphs", by_name["metamoe-paper"].settings)
+    assert (paper.router.top_k, paper.router.renormalise, paper.router_training.supervision) == (1, False, "task")
+    assert load_settings("glyphs", by_name["metamoe-released"].settings).router_training.train_router is False
+
+
+def test_names_that_do_not_exist_are_listed() -> None:
+    settings = load_settings("glyphs")
+    with pytest.raises(InvalidSettingError, match=r"unknown method 'best'; there are all, zero-shot, expert:digits"):
+        chosen(settings, ["best"], [])
+    with pytest.raises(InvalidSettingError, match=r"unknown ablation 'size'; there are all, proxies"):
+        chosen(settings, [], ["size"])
+    assert len(chosen(settings, ["metamoe", "btm"], ["rows"])) == 4
+    assert len(chosen(settings, ["all"], ["all"])) == len(main_methods(settings)) + len(ablations())
+
+
+def test_outcomes_are_kept_by_what_decides_them(small: Settings, preset: Path, tmp_path: Path) -> None:
+    methods = {method.name: method for method in main_methods(small)}
+    plan = Plan(str(preset), (), tuple(methods.values()), (0, 1), tmp_path / "out")
+    files = [plan.file(method, seed) for method in methods.values() for seed in plan.seeds]
+    assert len(set(files)) == len(files)
+    changed = Plan(str(preset), ("lora.rank=4",), plan.methods, plan.seeds, plan.out)
+    assert changed.file(methods["btm"], 0) != plan.file(methods["btm"], 0)
+
+
+def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
+    """Small, in this process but for the pool: the numbers fit together, and a second call works out nothing."""
+    out = tmp_path / "out"
+    arguments = ("benchmark", "--preset", str(preset), "--seeds", "2", "--out", str(out))
+    methods = "zero-shot,expert:greek,oracle,btm,soup,flexolmo,fedavg,unrestricted-moe,metamoe"
+    assert run_metamoe(*arguments, "--methods", methods, "--ablation", "rows") == 0
+    results = read_results(out)
+    assert list(results.methods) == methods.split(",")
+    assert list(results.ablations) == ["rows: dot products", "rows: fresh"]
+    assert results.seeds == [0, 1]
+    for record in [*results.methods.values(), *results.ablations.values()]:
+        assert set(record.domains) == {"digits", "greek", "arrows"}
+        for seed in range(2):
+            assert record.average[seed] == pytest.approx(sum(v[seed] for v in record.domains.values()) / 3, abs=1e-3)
+    metamoe, expert = results.methods[REFERENCE], results.methods["expert:greek"]
+    # The oracle's greek is the greek expert's; its public accuracy is the seed's.
+    assert results.methods["oracle"].domains["greek"] == expert.domains["greek"]
+    assert results.methods["oracle"].public == results.methods["zero-shot"].public
+    # LoRA in float16 on two layers; the vectors [1, 16] and [16] in float32; the client's number.
+    assert metamoe.bytes_up == [2 * 192 * 2 + 4 * 16 + 4 * 16 + 8] * 2
+    # One round, in float32, and the number of samples.
+    assert results.methods["fedavg"].bytes_up == [4 * 192 * 2 + 8] * 2
+    assert results.methods["zero-shot"].bytes_up == [0, 0]
+    # 40 images of 32 x 32 and their labels.
+    assert results.methods["unrestricted-moe"].bytes_up == [40 * (1_024 + 8)] * 2
+    assert metamoe.expert_names == ["digits", "greek", "arrows", "seed"]
+    assert all(sum(row) == pytest.approx(1, abs=1e-3) for rows in metamoe.routing[0].values() for row in rows)
+    assert set(results.sent) == {"digits", "greek", "arrows"}
+    assert sum(array.bytes for array in results.sent["greek"]) == metamoe.bytes_up[0]
+    assert set(json.loads((out / "projection.json").read_text())["clients"]["arrows"]) == {
+        "private",
+        "random",
+        "relevance",
+        "dpp",
+    }
+    assert markdown(results) == (out / "tables.md").read_text().rstrip("\n")
+    assert "unrestricted-moe (pools private data)" in (out / "tables.md").read_text()
+    assert (out / "report.html").is_file()
+    assert "metamoe is better by" in capsys.readouterr().out
+
+    outcomes = {file: file.stat().st_mtime_ns for file in (out / "outcomes").iterdir()}
+    assert run_metamoe(*arguments, "--methods", "metamoe") == 0
+    assert {file: file.stat().st_mtime_ns for file in (out / "outcomes").iterdir()} == outcomes
+    # What was done earlier is shown too.
+    assert read_results(out).methods == results.methods
+
+
+def test_the_same_part_done_twice_is_the_same(small: Settings, preset: Path, tmp_path: Path) -> None:
+    method = next(method for method in main_methods(small) if method.name == REFERENCE)
+    found = []
+    for name in ("a", "b"):
+        plan = Plan(str(preset), (), (method,), (0,), tmp_path / name)
+        benchmark.run_part(plan, method, 0)
+        found.append(json.loads(plan.file(method, 0).read_text()))
+        for time_of in ("seconds", "unify_seconds", "inference_ms"):
+            del found[-1][time_of]
+    assert found[0] == found[1]
+
+
+def test_a_method_that_a_preset_does_not_allow_is_refused_before_anything_runs(
+    preset: Path, tmp_path: Path, run_metamoe
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MetaMoEError):
+        load_settings(str(preset), ["proxies.count=400"])
+    assert run_metamoe("benchmark", "--preset", str(preset), "--ablation", "sizes", "--out", str(out)) != 0
+    assert not (out / "outcomes").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_without_doing_work_twice(preset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from simulations.cli import main; main()", "benchmark", "--preset", str(preset)]
+    command += ["--methods", "zero-shot,btm,flexolmo,metamoe", "--seeds", "2", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list((out / "outcomes").glob("*.json"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    def state(folder: Path, pattern: str) -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in folder.glob(pattern)}
+
+    outcomes, experts = state(out / "outcomes", "*.json"), state(tmp_path / "cache", "**/experts/*/adapter_model.safetensors")
+    assert outcomes
+    assert experts
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert outcomes.items() <= state(out / "outcomes", "*.json").items()
+    assert experts.items() <= state(tmp_path / "cache", "**/experts/*/adapter_model.safetensors").items()
+    assert list(read_results(out).methods) == ["zero-shot", "btm", "flexolmo", "metamoe"]
