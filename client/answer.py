@@ -85,7 +85,7 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
                 save_adapter(new, seed, settings.lora, expert)
                 write_json(new / "proxies.json", ids.tolist())
     arrays = {name: tensor.numpy() for name, tensor in expert.items()}
-    if settings.router.vectors == "private":
+    if "routing-vectors" in {artifact.name for artifact in reply_artifacts("expert", settings, seed)}:
         arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, samples)
     return arrays
 
@@ -99,7 +99,7 @@ def _deliver(
         for k in range(settings.clients)
     ]
     routers = routers_from({n.removeprefix("router."): a for n, a in arrays.items() if n.startswith("router.")})
-    test = load_private(settings, site.client, "test")
+    test = load_private(settings, site.client, settings.data.evaluate_on)
     classes = known_classes(settings.data)
     percent = store_and_evaluate(seed, settings, names, classes, UnifiedWeights(experts, routers), test, folder)
     return {"accuracy": np.array(percent, dtype=np.float32)} if settings.report_accuracy else {}

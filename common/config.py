@@ -115,6 +115,9 @@ class Router(Section):
     seed_expert: bool = Field(
         True, description="the seed itself as one more expert, with the public mean as its routing vector"
     )
+    seed_log_odds: float = Field(
+        -8.0, allow_inf_nan=False, description="prior log-odds of the seed against an expert, for Fisher rows"
+    )
     top_k: Count = 2
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
@@ -132,9 +135,13 @@ class Router(Section):
 
 
 class RouterTraining(Section):
-    """Stage 3: AdamW on the union of the proxies; with a seed expert, also on as many random public samples as a client has."""
+    """Stage 3: AdamW on the union of the proxies; with a seed expert, also on as many random public samples as one client has
+    proxies.
+    """
 
-    samples: Literal["proxies", "public"] = Field("proxies", description="public: random public samples, as many")
+    samples: Literal["proxies", "public"] = Field(
+        "proxies", description="public: random public samples, as many as all proxies"
+    )
     supervision: Literal["task", "provenance", "both", "none"] = Field(
         "task", description="task loss, each proxy's known client, their sum, or no training at all"
     )
@@ -260,6 +267,15 @@ def load_settings(preset: str, overrides: Iterable[str] = ()) -> Settings:
         values = tomllib.loads(preset_text(preset))
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettingError(f"preset {preset!r} is not valid TOML: {error}") from error
+    return _overridden(values, overrides)
+
+
+def changed(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """Settings with overrides as :func:`load_settings` takes them, and its errors."""
+    return _overridden(settings.model_dump(mode="json", by_alias=True), overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Iterable[str]) -> Settings:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():

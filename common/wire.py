@@ -19,7 +19,7 @@ from common.model.lora import expert_shapes
 from common.model.routing import all_evidence_paths, evidence_paths
 from common.model.seed import Seed, load_seed
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
@@ -62,13 +62,14 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
                     artifacts.append(Artifact("seed-routing-vector", "float32", (seed.width,)))
                 else:
                     artifacts.append(Artifact("relevance-classifier", "float32", (seed.width + 1,)))
-            if settings.router.vectors == "seed":
+            if settings.router.vectors == "seed" and settings.router.rows != "fresh":
                 artifacts.append(Artifact("seed-ffn-inputs", "float32", _vectors_shape(settings, seed)))
             return artifacts
         case "expert":
             matrices = [Artifact(name, "float16", shape) for name, shape in expert_shapes(seed, settings.lora).items()]
             vectors = Artifact("routing-vectors", "float32", _vectors_shape(settings, seed))
-            return [*matrices, vectors] if settings.router.vectors == "private" else matrices
+            wanted = settings.router.vectors == "private" and settings.router.rows != "fresh"
+            return [*matrices, vectors] if wanted else matrices
         case "deliver":
             return [Artifact("accuracy", "float32", ())] if settings.report_accuracy else []
 

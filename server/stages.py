@@ -73,7 +73,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         # 4. The experts become one model, whose router learns from the proxies.
         with _timed(timings, "unify"):
             experts, vectors = zip(*map(stored_expert, folders), strict=True)
-            if settings.router.vectors == "seed":
+            if "seed-ffn-inputs" in profiles[0]:
                 vectors = tuple(profile["seed-ffn-inputs"] for profile in profiles)
             proxies = [public.select(s.ids) for s in selections]
             scores = [s.scores for s in selections]

@@ -67,7 +67,10 @@ def initial_routers(
     for group in range(len(groups)):
         features = sample.reshape(len(sample), len(groups), -1)[:, group]
         covariance = shrunk_covariance(features) if router.rows == "fisher" else None
-        weights.append(RouterWeights(*router_rows(by_group[:, group], covariance), router.context))
+        rows, biases = router_rows(by_group[:, group], covariance)
+        if router.seed_expert and router.rows == "fisher":
+            biases[-1] += router.seed_log_odds
+        weights.append(RouterWeights(rows, biases, router.context))
     return weights
 
 

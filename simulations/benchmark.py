@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from client.app import respond
 from client.site import Site
 from common.compute import threads
-from common.config import Settings, load_settings, to_toml
+from common.config import Settings, changed, to_toml
 from common.data.datasets import load_private, load_public
 from common.errors import InputFileError, MetaMoEError
 from common.files import cache_folder, replaced_folder, write_atomically, write_json
@@ -49,29 +50,38 @@ from simulations.projection import project
 from simulations.tables import FORMAT, REFERENCE, RESULTS, Record, Results, Sent, markdown
 
 PARALLEL = 2
-_POOLED = {"train_experts": True, "supervision": "both", "epochs": 5, "learning_rate": 1e-3}
+# Raise it whenever a change of code changes numbers: what was worked out before is then worked out again.
+_CODE = 1
+_POOLED = {
+    "samples": "proxies",
+    "supervision": "both",
+    "train_router": True,
+    "train_experts": True,
+    "epochs": 5,
+    "learning_rate": 1e-3,
+}
 _FEDAVG_LOCAL_EPOCHS = 2
 _LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a benchmark runs: a preset with its changes, methods, seeds, and where results go."""
+    """What a benchmark runs: settings, methods, seeds, and where results go."""
 
-    preset: str
-    overrides: tuple[str, ...]
+    base: Settings
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     out: Path
 
     def settings(self, method: Method | None, seed: int) -> Settings:
         """The settings of one method with one seed. One thread each, as several run at a time."""
-        changes = [*self.overrides, *(method.settings if method else ())]
-        return load_settings(self.preset, [*changes, f"seed={seed}", "compute.server-threads=1", "report-accuracy=false"])
+        changes = method.settings if method else ()
+        return changed(self.base, [*changes, f"seed={seed}", "compute.server-threads=1", "report-accuracy=false"])
 
     def file(self, method: Method, seed: int) -> Path:
         """Where the outcome of one method with one seed is kept: by the hash of what decides it."""
-        made_of = (method.use, method.client, self.settings(method, seed).model_dump(mode="json", exclude={"preset"}))
+        settings = self.settings(method, seed)
+        made_of = (method.use, method.client, _training_key(settings), settings.data.model_dump(mode="json"))
         return self.out / "outcomes" / f"{_hash(made_of)}.json"
 
 
@@ -135,18 +145,18 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None]) -> Resu
             raise
     results = collect(plan)
     write_atomically(plan.out / RESULTS, results.model_dump_json(indent=1) + "\n")
-    write_atomically(plan.out / "tables.md", markdown(results) + "\n")
+    write_atomically(plan.out / "tables.md", markdown(results))
     return results
 
 
 def run_part(plan: Plan, method: Method, seed: int) -> None:
     """One method with one seed, from data to a file with its outcome."""
     started = time.monotonic()
-    settings = plan.settings(method, seed)
+    settings, file = plan.settings(method, seed), plan.file(method, seed)
     with threads(settings.compute.server_threads):
         model = _build(method, settings)
         outcome = _evaluate(settings, model)
-    write_json(plan.file(method, seed), {**asdict(outcome), "seconds": round(time.monotonic() - started, 1)})
+    write_json(file, {**asdict(outcome), "seconds": round(time.monotonic() - started, 1)})
 
 
 def collect(plan: Plan) -> Results:
@@ -233,15 +243,16 @@ def _build(method: Method, settings: Settings) -> Model:
             return Model(dict.fromkeys(everywhere, alone[method.client]))
         case "oracle":
             own = {d: [s for k, s in enumerate(alone) if settings.client_domain(k) == d] for d in settings.data.domains}
-            by_domain = {d: members[0] if len(members) == 1 else ensemble(members) for d, members in own.items()}
-            return Model(by_domain | {PUBLIC: dense(seed.model)}, up, down)
+            # Of a domain without a client there is no expert, and the seed is all there is.
+            best = {d: ensemble(members) if members else dense(seed.model) for d, members in own.items()}
+            return Model(best | {PUBLIC: dense(seed.model)}, up, down)
         case "ensemble":
             return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
         case "soup":
             merged, lora = soup(experts, settings.lora)
             return Model(dict.fromkeys(everywhere, dense(with_lora(seed, lora, merged))), up, down)
         case "pooled":
-            return _pooled(seed, settings, folder, experts, everywhere)
+            return _pooled(seed, settings, folder, experts, down, everywhere)
         case _:
             unified = load_model(folder / "model").model
             sent = {client["name"]: client["artifacts"] for client in clients}
@@ -269,12 +280,14 @@ def _run(settings: Settings) -> Path:
     return folder
 
 
-def _pooled(seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], everywhere: Sequence[str]) -> Model:
+def _pooled(
+    seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], down: float, everywhere: Sequence[str]
+) -> Model:
     """Experts and router trained on what no server may see: all private samples in one place."""
     private = [load_private(settings, client, "train") for client in range(settings.clients)]
-    target, spent = folder / "pooled", None
+    target, times = folder / "pooled", folder / "pooled.json"
     with FileLock(f"{target}.lock"):
-        if not target.is_dir():
+        if not times.is_file():
             routers = [router.weights() for router in load_model(folder / "model").model.routers]
             trained = settings.model_copy(update={"router_training": settings.router_training.model_copy(update=_POOLED)})
             samples = router_samples(trained, load_public(settings.data), private)
@@ -282,9 +295,11 @@ def _pooled(seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expe
             weights = unify(seed, trained, experts, routers, samples, _quietly)
             spent = time.process_time() - started
             save_model(target, seed, settings, settings.client_names, [], weights)
+            write_json(times, {"cpu_seconds": round(spent, 3)})
     unified = load_model(target).model
-    pixels = float(np.mean([len(data) * (np.asarray(data[0]["image"]).nbytes + _LABEL_BYTES) for data in private]))
-    return Model(dict.fromkeys(everywhere, unified.logits), pixels, 0.0, spent, unified)
+    up = float(np.mean([len(data) * (np.asarray(data[0]["image"]).nbytes + _LABEL_BYTES) for data in private]))
+    seconds = json.loads(times.read_text())["cpu_seconds"]
+    return Model(dict.fromkeys(everywhere, unified.logits), up, down, seconds, unified)
 
 
 def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
@@ -297,20 +312,23 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
                 expert = federated_average(seed, settings, private, load_public(settings.data), rounds, _quietly)
                 save_adapter(new, seed, settings.lora, expert)
     expert = load_adapter(target)
-    payload = float(rounds * sum(tensor.numpy().nbytes for tensor in expert.values()))
     scores = dense(with_lora(seed, settings.lora, expert))
-    return Model(dict.fromkeys(everywhere, scores), payload + rounds * _LABEL_BYTES, payload)
+    # Clients send float16, as experts do; what comes back is the mean, in float32.
+    numbers = float(rounds * sum(tensor.numel() for tensor in expert.values()))
+    return Model(dict.fromkeys(everywhere, scores), 2 * numbers + rounds * _LABEL_BYTES, 4 * numbers)
 
 
 def _evaluate(settings: Settings, model: Model) -> Outcome:
     sets = image_sets(settings.seed_model, settings.data)
     domains: dict[str, float] = {}
     seconds = images = 0.0
+    # The first batch pays for what is set up once.
+    model.scores[sets[0].domain](sets[0].pixels[:32], sets[0].texts)
     for test in sets[:-1]:
         started = time.process_time()
         domains[test.name] = round(percent_right(model.scores[test.domain], test), 3)
         seconds, images = seconds + time.process_time() - started, images + len(test.labels)
-    routing = None
+    routing, owned = None, {settings.client_domain(client) for client in range(settings.clients)}
     if model.unified is not None:
         routing = {test.name: routing_shares(model.unified, test.pixels) for test in sets[:-1]}
     return Outcome(
@@ -318,7 +336,7 @@ def _evaluate(settings: Settings, model: Model) -> Outcome:
         public=round(percent_right(model.scores[PUBLIC], sets[-1]), 3),
         own_expert_share=None
         if routing is None
-        else round(float(np.mean([own_share(settings, test, routing[test.name]) for test in sets[:-1]])), 4),
+        else round(float(np.mean([own_share(settings, t, routing[t.name]) for t in sets[:-1] if t.domain in owned])), 4),
         bytes_up=model.bytes_up,
         bytes_down=model.bytes_down,
         unify_seconds=model.unify_seconds,
@@ -340,8 +358,11 @@ def _project(plan: Plan) -> None:
 
 
 def _training_key(settings: Settings) -> str:
-    """Hash of all settings but those that only say what a model is evaluated on."""
-    return _hash(settings.model_dump(mode="json", exclude={"preset": True, "data": {"test_corruptions", "evaluate_on"}}))
+    """Hash of what decides a trained model: all settings but those that only say what it is evaluated on, the seed, and
+    the code, as far as ``_CODE`` is kept true.
+    """
+    made_of = settings.model_dump(mode="json", exclude={"preset": True, "data": {"test_corruptions", "evaluate_on"}})
+    return _hash((made_of, load_seed(settings.seed_model).fingerprint, torch.__version__, _CODE))
 
 
 def _cache(name: str) -> Path:

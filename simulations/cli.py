@@ -82,9 +82,7 @@ def simulate(
     settings = load_settings(preset, overrides)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
     _check_folder(folder, overwrite)
-    if settings.seed_model != "glyphs":
-        # The run's processes work in other folders than this one.
-        settings = settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+    settings = _absolute(settings)
     _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
     with _console.status("preparing data"), ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(prepare, settings).result()
@@ -110,7 +108,7 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
         from simulations.results import write_results
 
         results = write_results(settings, folder, board.evaluation)
-    table = Table(title="accuracy on test data, %")
+    table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
     table.add_column("method")
     columns = [*results["routing"], "average"]
     for column in [*columns, "public, held out"]:
@@ -152,12 +150,16 @@ def benchmark(
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
     overrides = list(set_ or [])
+    for override in overrides:
+        if override.partition("=")[0].strip() in ("seed", "compute.server-threads", "report-accuracy"):
+            raise InvalidSettingError(f"--set {override}: a benchmark decides this itself; its seeds are given by --seeds")
     names, groups = _split(methods), _split(ablation)
     # With ablations alone there is still something to compare them with.
     names = names or (["metamoe"] if groups else ["all"])
-    preset = str(Path(preset).absolute()) if Path(preset).is_file() else preset
-    wanted = chosen(load_settings(preset, overrides), names, groups)
-    plan = Plan(preset, tuple(overrides), tuple(wanted), tuple(range(seeds)), folder)
+    settings = _absolute(load_settings(preset, overrides))
+    wanted = chosen(settings, names, groups)
+    _check_benchmark_folder(folder)
+    plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder)
     _console.print(f"preset {preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=_console, speed_estimate_period=3_600) as progress:
@@ -220,6 +222,22 @@ def presets(
     for known in preset_names():
         table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
     _console.print(table)
+
+
+def _absolute(settings: Settings) -> Settings:
+    """The settings with the seed's folder as seen from anywhere: a run's processes work in other folders than this one."""
+    if settings.seed_model == "glyphs":
+        return settings
+    return settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+
+
+def _check_benchmark_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputFileError(f"--out {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "outcomes").is_dir():
+        raise InvalidSettingError(
+            f"--out {folder} is not empty and not a benchmark's, as it has no outcomes; give another folder"
+        )
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -35,7 +35,7 @@ def federated_average(
     send.
 
     Args:
-        seed, settings: of the run; learning rate and epochs are the experts', the rate falling over the rounds.
+        seed, settings: of the run; learning rate and epochs are the experts', the rate falling to zero within each round.
         private: each client's samples.
         public: the public set, for its class names only.
         rounds: at most the experts' epochs, which they divide.
@@ -48,9 +48,7 @@ def federated_average(
         shared = expert_of(with_lora(seed, settings.lora))
     for number in range(rounds):
         progress(number, rounds)
-        local = training.model_copy(
-            update={"epochs": training.epochs // rounds, "learning_rate": training.learning_rate * (1 - number / rounds)}
-        )
+        local = training.model_copy(update={"epochs": training.epochs // rounds})
         # Another seed in every round: another order of the samples.
         order = derived_seed(settings.seed, _STAGE, number)
         own = settings.model_copy(update={"expert_training": local, "seed": order})

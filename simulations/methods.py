@@ -44,6 +44,8 @@ _EXPERTS_ONLY = (
     "router.vectors=proxy",
     "router-training.supervision=none",
 )
+_TWO = ("router.top-k=2", "router.renormalise=true")
+_TASK = ("router-training.supervision=task", "router-training.epochs=5")
 _TOKEN_ALONE = ("router.context=0", "router.learn-context=false")
 # 5 epochs over random public samples. BTX trains experts and router, with the two best experts; in the mixture of LoRAs the
 # experts are frozen and all take part.
@@ -55,7 +57,7 @@ _PUBLIC_ROUTER = (
     "router.rows=fresh",
     "router.vectors=proxy",
     "router-training.samples=public",
-    "router-training.epochs=5",
+    *_TASK,
 )
 _PAPER = (
     "proxies.relevance=classifier",
@@ -63,7 +65,7 @@ _PAPER = (
     "router.rows=dot",
     "router.vectors=private",
     "router.context=0.3",
-    "router-training.epochs=5",
+    *_TASK,
     "router-training.train-experts=true",
     "router-training.learning-rate=1e-3",
 )
@@ -76,7 +78,7 @@ def main_methods(settings: Settings) -> list[Method]:
     """The rows of the main table."""
     names = settings.client_names
     experts = [
-        Method(f"expert:{name}", "expert", f"the expert of {name} alone, on everything", client=k)
+        Method(f"expert:{name}", "expert", f"metamoe's expert of {name} alone, on everything; it stays there", client=k)
         for k, name in enumerate(names)
     ]
     everyone = f"router.top-k={settings.clients}"
@@ -92,13 +94,19 @@ def main_methods(settings: Settings) -> list[Method]:
             "btx",
             "unified",
             "Branch-Train-MiX: a fresh router in every layer, trained with the experts on random public samples, top-2",
-            (*_PUBLIC_ROUTER, "router-training.learning-rate=1e-4", "router-training.train-experts=true"),
+            (*_PUBLIC_ROUTER, *_TWO, "router-training.learning-rate=1e-4", "router-training.train-experts=true"),
         ),
         Method(
             "mixture-of-loras",
             "unified",
             "frozen experts, all of them mixed by a fresh router in every layer that is trained on random public samples",
-            (*_PUBLIC_ROUTER, "router-training.learning-rate=1e-3", everyone),
+            (
+                *_PUBLIC_ROUTER,
+                everyone,
+                "router.renormalise=true",
+                "router-training.learning-rate=1e-3",
+                "router-training.train-experts=false",
+            ),
         ),
         Method(
             "flexolmo",
@@ -109,20 +117,32 @@ def main_methods(settings: Settings) -> list[Method]:
                 "proxies.selection=relevance",
                 *_PER_LAYER,
                 *_TOKEN_ALONE,
+                *_TWO,
+                *_TASK,
                 "router.rows=dot",
                 "router.vectors=private",
-                "router-training.epochs=5",
                 "router-training.train-experts=true",
                 "router-training.learning-rate=1e-4",
             ),
         ),
         Method("fedavg", "fedavg", "federated averaging of one LoRA adapter over rounds, by Flower's own aggregation"),
-        Method("metamoe-paper", "unified", "the paper's method: Eq. 6, task loss, every layer decides", (*_PAPER, *_TOP_1)),
+        Method(
+            "metamoe-paper",
+            "unified",
+            "the paper's method: trained classifier, Eq. 6, task loss, every layer decides",
+            (*_PAPER, *_TOP_1),
+        ),
         Method(
             "metamoe-released",
             "unified",
             "the paper's released code: the one weight is renormalised to 1, so router and lambda never learn",
-            (*_PAPER, "router.top-k=1", "router.renormalise=true", "router-training.train-router=false"),
+            (
+                *_PAPER,
+                "router.top-k=1",
+                "router.renormalise=true",
+                "router-training.train-router=false",
+                "router-training.learning-rate=1e-4",
+            ),
         ),
         Method(
             "unrestricted-moe", "pooled", "the same model, trained on all private samples in one place", _POOLED, private=False
@@ -164,15 +184,19 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "decided at 2": ("lora.first-layer=2",),
         "decided at 3": ("lora.first-layer=3",),
     },
-    "seed-expert": {"without": ("router.seed-expert=false",)},
+    "seed-expert": {"without": ("router.seed-expert=false",), "prior log-odds 0": ("router.seed-log-odds=0",)},
     "aligned": {
         "private samples alone": ("expert-training.samples=private",),
         "proxies alone": ("expert-training.samples=proxies",),
     },
     "vectors": {
         "private, in the experts": ("router.vectors=private",),
-        "proxies' means": ("router.vectors=proxy", "router.seed-expert=false"),
-        "proxies' plain means": ("router.vectors=proxy", "router.proxy-weights=equal", "router.seed-expert=false"),
+        "proxies' means, without seed": ("router.vectors=proxy", "router.seed-expert=false"),
+        "proxies' plain means, without seed": (
+            "router.vectors=proxy",
+            "router.proxy-weights=equal",
+            "router.seed-expert=false",
+        ),
     },
     "supervision": {
         "untrained": ("router-training.supervision=none",),

@@ -12,7 +12,7 @@ from common.config import Settings
 from common.events import Event, read_events
 
 _STAGES = {
-    "profile": "1 clients send their seed routing vectors",
+    "profile": "1 clients describe their data",
     "embed": "1 server embeds the public set",
     "select": "1 server chooses proxies",
     "expert": "2 clients train experts",

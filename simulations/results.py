@@ -82,7 +82,7 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
     domains, experts = list(results["routing"]), settings.expert_names
     lines = [f"# MetaMoE-FL: preset {settings.preset}, seed {settings.seed}", "", f"Unified model {results['model']}", ""]
     lines += [
-        "## Accuracy on test data, %",
+        f"## Accuracy on {settings.data.evaluate_on} data, %",
         "",
         "Each image is named among its own domain's classes, the public ones among all public classes.",
         "",

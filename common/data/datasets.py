@@ -1,6 +1,7 @@
 """The public set and the clients' private sets as ``datasets.Dataset``: loading, caching, partition, content hash."""
 
 import hashlib
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def load_public(data: Data, split: str = "train") -> Dataset:
     whole = _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
     if split == "train" and data.public_without:
         names = np.array(whole.features["label"].names)
-        kept = np.array([not set(name.split()) & set(data.public_without) for name in names])
+        kept = np.array([not set(re.split(r"\W+", name)) & set(data.public_without) for name in names])
         whole = whole.select(np.flatnonzero(kept[np.asarray(whole["label"])]))
         if len(whole) == 0:
             raise InvalidSettingError(f"data.public-without = {list(data.public_without)} leaves no public sample")

@@ -12,7 +12,9 @@ from common.config import validated
 from common.data import glyphs
 from common.data.datasets import (
     check_domains,
+    evaluation_sets,
     fingerprint,
+    held_out_public,
     known_classes,
     load_domain,
     load_private,
@@ -103,6 +105,55 @@ def test_a_domain_is_a_function_of_its_seed_and_its_parts_are_disjoint(domain: s
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
     assert load_domain(DATA, domain, "train")[0]["image"].size == (32, 32)
+
+
+def test_corruptions_of_a_hand_computed_image() -> None:
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=["a", "b"])})
+    pixels = np.full((9, 9), 200, dtype=np.uint8)
+    pixels[4, 4] = 0
+    data = Dataset.from_dict({"image": [PILImage.fromarray(pixels)] * 2, "label": [1, 0]}, features=features)
+    changed = {how: glyphs.corrupted(data, how) for how in ("blur", "noise", "inversion")}
+    assert all(other["label"] == [1, 0] for other in changed.values())
+    np.testing.assert_array_equal(np.asarray(changed["inversion"][0]["image"]), 255 - pixels)
+    blurred = np.asarray(changed["blur"][0]["image"])
+    # The dark point spreads to its neighbours, and far from it nothing happens.
+    assert 100 < blurred[4, 4] < 200
+    assert blurred[4, 5] < 200
+    assert blurred[0, 0] == 200
+    noise = np.asarray(changed["noise"][0]["image"]).astype(float) - pixels
+    # Cut off at 255, so the upper half is smaller; 81 draws of standard deviation 50.
+    assert 30 < np.abs(noise).max() < 200
+    assert not np.array_equal(changed["noise"][0]["image"], changed["noise"][1]["image"])
+
+
+def test_what_is_evaluated_follows_the_settings() -> None:
+    assert list(evaluation_sets(DATA)) == ["digits", "greek", "arrows"]
+    corrupted = validated({"data": {"test-corruptions": ["blur", "inversion"], "domains": ["greek"]}}).data
+    sets = evaluation_sets(corrupted)
+    assert list(sets) == ["greek, blur", "greek, inversion"]
+    original = load_domain(DATA, "greek", "test")
+    assert sets["greek, inversion"]["label"] == original["label"]
+    validation = validated({"data": {"evaluate-on": "validation"}}).data
+    assert fingerprint(evaluation_sets(validation)["greek"]) == fingerprint(load_domain(DATA, "greek", "validation"))
+    # Nothing of the held-out public part is looked at while settings are chosen.
+    seen = {image.tobytes() for image in held_out_public(validation)["image"]}
+    assert seen <= {image.tobytes() for image in load_public(DATA)["image"]}
+
+
+def test_public_classes_can_be_left_out_by_their_words() -> None:
+    without = validated({"data": {"public-without": ["DIGIT", "LETTER"]}}).data
+    public = load_public(without)
+    names = public.features["label"].names
+    left = {names[label] for label in public["label"]}
+    assert "DIGIT ONE" not in left
+    assert not any("LETTER" in name.split() for name in left)
+    assert "WHITE CIRCLE" in left
+    # Class names stay, so that models of both kinds name classes alike; the held-out part stays too.
+    assert names == load_public(DATA).features["label"].names
+    assert len(load_public(without, "test")) == glyphs.PUBLIC_HELD_OUT
+    everything = sorted({word for name in names for word in name.split()})
+    with pytest.raises(InvalidSettingError, match="leaves no public sample"):
+        load_public(validated({"data": {"public-without": everything}}).data)
 
 
 def test_fingerprint_sees_pixels_labels_names_and_order() -> None:

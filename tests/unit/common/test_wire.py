@@ -190,6 +190,7 @@ def test_delivery_has_one_router_or_one_a_layer(seed: Seed) -> None:
         ({}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16)}),
         ({"router": {"evidence": "layer"}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (1, 16)}),
         ({"router": {"vectors": "proxy"}}, {"seed-routing-vector": (16,)}),
+        ({"router": {"rows": "fresh"}}, {"seed-routing-vector": (16,)}),
         ({"router": {"vectors": "private"}}, {"seed-routing-vector": (16,)}),
         ({"router": {"vectors": "proxy"}, "proxies": {"relevance": "classifier"}}, {"relevance-classifier": (17,)}),
         ({"router": {"vectors": "proxy"}, "proxies": {"selection": "random"}}, {}),

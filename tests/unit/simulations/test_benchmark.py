@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Settings, load_settings, to_toml
+from common.config import Settings, changed, load_settings, to_toml
 from common.errors import InvalidSettingError, MetaMoEError
 from simulations import benchmark
-from simulations.benchmark import Plan
+from simulations.benchmark import Plan, _training_key
 from simulations.methods import ablations, chosen, main_methods
 from simulations.tables import REFERENCE, markdown, read_results
 
@@ -42,7 +42,7 @@ def test_only_the_pooled_method_is_marked_as_not_private() -> None:
     assert [method.name for method in methods if not method.private] == ["unrestricted-moe"]
 
 
-def test_flexolmo_sends_means_of_private_samples_alone_and_metamoe_does_not() -> None:
+def test_baselines_are_set_up_as_they_are_defined() -> None:
     by_name = {method.name: method for method in main_methods(load_settings("glyphs"))}
     flexolmo = load_settings("glyphs", by_name["flexolmo"].settings)
     assert (flexolmo.expert_training.samples, flexolmo.router.vectors) == ("private", "private")
@@ -62,13 +62,17 @@ def test_names_that_do_not_exist_are_listed() -> None:
     assert len(chosen(settings, ["all"], ["all"])) == len(main_methods(settings)) + len(ablations())
 
 
-def test_outcomes_are_kept_by_what_decides_them(small: Settings, preset: Path, tmp_path: Path) -> None:
+def test_outcomes_are_kept_by_what_decides_them(small: Settings, tmp_path: Path) -> None:
     methods = {method.name: method for method in main_methods(small)}
-    plan = Plan(str(preset), (), tuple(methods.values()), (0, 1), tmp_path / "out")
+    plan = Plan(small, tuple(methods.values()), (0, 1), tmp_path / "out")
     files = [plan.file(method, seed) for method in methods.values() for seed in plan.seeds]
     assert len(set(files)) == len(files)
-    changed = Plan(str(preset), ("lora.rank=4",), plan.methods, plan.seeds, plan.out)
-    assert changed.file(methods["btm"], 0) != plan.file(methods["btm"], 0)
+    other = Plan(changed(small, ["lora.rank=4"]), plan.methods, plan.seeds, plan.out)
+    assert other.file(methods["btm"], 0) != plan.file(methods["btm"], 0)
+    # What a model is evaluated on is part of an outcome, and of no training.
+    blurred = Plan(changed(small, ["data.test-corruptions=['blur']"]), plan.methods, plan.seeds, plan.out)
+    assert blurred.file(methods["btm"], 0) != plan.file(methods["btm"], 0)
+    assert _training_key(blurred.settings(None, 0)) == _training_key(plan.settings(None, 0))
 
 
 def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
@@ -91,8 +95,8 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     assert results.methods["oracle"].public == results.methods["zero-shot"].public
     # LoRA in float16 on two layers; the vectors [1, 16] and [16] in float32; the client's number.
     assert metamoe.bytes_up == [2 * 192 * 2 + 4 * 16 + 4 * 16 + 8] * 2
-    # One round, in float32, and the number of samples.
-    assert results.methods["fedavg"].bytes_up == [4 * 192 * 2 + 8] * 2
+    # One round, in float16, and the number of samples.
+    assert results.methods["fedavg"].bytes_up == [2 * 192 * 2 + 8] * 2
     assert results.methods["zero-shot"].bytes_up == [0, 0]
     # 40 images of 32 x 32 and their labels.
     assert results.methods["unrestricted-moe"].bytes_up == [40 * (1_024 + 8)] * 2
@@ -106,7 +110,7 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
         "relevance",
         "dpp",
     }
-    assert markdown(results) == (out / "tables.md").read_text().rstrip("\n")
+    assert markdown(results) == (out / "tables.md").read_text()
     assert "unrestricted-moe (pools private data)" in (out / "tables.md").read_text()
     assert (out / "report.html").is_file()
     assert "metamoe is better by" in capsys.readouterr().out
@@ -118,16 +122,28 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     assert read_results(out).methods == results.methods
 
 
-def test_the_same_part_done_twice_is_the_same(small: Settings, preset: Path, tmp_path: Path) -> None:
+def test_the_same_part_done_twice_is_the_same(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = next(method for method in main_methods(small) if method.name == REFERENCE)
     found = []
     for name in ("a", "b"):
-        plan = Plan(str(preset), (), (method,), (0,), tmp_path / name)
+        # The second in a cache of its own.
+        monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache" / name))
+        plan = Plan(small, (method,), (0,), tmp_path / name)
         benchmark.run_part(plan, method, 0)
         found.append(json.loads(plan.file(method, 0).read_text()))
         for time_of in ("seconds", "unify_seconds", "inference_ms"):
             del found[-1][time_of]
     assert found[0] == found[1]
+
+
+def test_a_folder_with_something_else_in_it_is_refused(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "results.json").write_text("{}")
+    arguments = ("benchmark", "--preset", str(preset), "--methods", "zero-shot")
+    assert run_metamoe(*arguments, "--out", str(tmp_path / "mine")) == InvalidSettingError.exit_code
+    assert run_metamoe(*arguments, "--set", "seed=3", "--out", str(tmp_path / "new")) == InvalidSettingError.exit_code
+    assert "--seeds" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "results.json").read_text() == "{}"
 
 
 def test_a_method_that_a_preset_does_not_allow_is_refused_before_anything_runs(

@@ -1,15 +1,14 @@
 """Each way of using experts, against its definition."""
 
-import numpy as np
 import pytest
 import torch
 
-from common.config import Settings
+from common.config import Settings, changed
 from common.data.datasets import load_private
 from common.model.lora import with_lora
 from common.model.seed import Seed, embed
-from simulations.evaluate import ImageSet, dense, ensemble, own_share, percent_right, soup
-from simulations.fedavg import federated_average
+from simulations import fedavg
+from simulations.evaluate import ImageSet, ensemble, own_share, percent_right, soup
 from tests.conftest import random_expert, random_pixels
 
 
@@ -52,21 +51,21 @@ def test_a_share_counts_every_expert_of_the_own_domain(settings: Settings) -> No
     assert own_share(six, images, shares) == pytest.approx((0.5 + 1.0) / 2)
 
 
-def test_federated_averaging_weighs_by_samples_and_one_client_is_itself(seed: Seed, small: Settings) -> None:
-    private = [load_private(small, client, "train") for client in range(2)]
-    uneven = [private[0], private[1].select(range(10))]
+def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
+    seed: Seed, small: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is replaced by adding a known number; the averaging is Flower's own."""
+    seen = []
 
-    def average(data: list) -> dict[str, np.ndarray]:
-        result = federated_average(seed, small, data, private[0], 1, lambda _done, _total: None)
-        return {name: tensor.numpy() for name, tensor in result.items()}
+    def train(_seed, settings, client, samples, _space, _progress, start):
+        seen.append((client, len(samples[0]), settings.expert_training.epochs))
+        return {name: (matrix + 1 + client).half() for name, matrix in start.items()}
 
-    both, first = average(uneven), average(uneven[:1])
-    # Client 1 alone cannot be asked for by its number, so it is solved for: (40 w_1 + 10 w_2) / 50.
-    name = next(n for n in both if n.endswith("fc1.lora_B.weight"))
-    second = (50 * both[name] - 40 * first[name]) / 10
-    assert np.abs(first[name]).max() > 0
-    assert not np.allclose(second, first[name], atol=1e-3)
-    equal = average([private[0], private[1]])[name]
-    assert not np.allclose(equal, both[name], atol=1e-5)
-    unmoved = dense(seed.model)(random_pixels(1), torch.randn(3, 8))
-    assert unmoved.shape == (1, 3)
+    monkeypatch.setattr(fedavg, "train_expert", train)
+    settings = changed(small, ["expert-training.epochs=4"])
+    private = [load_private(small, 0, "train"), load_private(small, 1, "train").select(range(10))]
+    result = fedavg.federated_average(seed, settings, private, private[0], 2, lambda _done, _total: None)
+    # 40 samples move by 1 and 10 by 2 in each of two rounds: (40 * 1 + 10 * 2) / 50 = 1.2, and B starts at zero.
+    matrix = result[f"{seed.ffn_paths[0]}.fc1.lora_B.weight"]
+    torch.testing.assert_close(matrix, torch.full_like(matrix, 2.4), atol=2e-3, rtol=0)
+    assert seen == [(0, 40, 2), (1, 10, 2), (0, 40, 2), (1, 10, 2)]
