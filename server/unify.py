@@ -58,15 +58,18 @@ def initial_routers(
         _proxy_vectors(seed, settings, expert, data, own) if vector is None else vector
         for expert, data, own, vector in zip(experts, proxies, scores, vectors, strict=True)
     ]
-    sample = np.asarray(public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])], dtype=np.float64)
+    sample = np.empty(0)
+    if router.rows == "fisher" or router.seed_expert:
+        sample = np.asarray(public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])], dtype=np.float64)
     if router.seed_expert:
         means.append(sample.mean(axis=0))
     # One group of P / G vectors side by side for each of the G layers that decide.
     by_group = np.stack(means).reshape(count, len(groups), width)
     weights = []
     for group in range(len(groups)):
-        features = sample.reshape(len(sample), len(groups), -1)[:, group]
-        covariance = shrunk_covariance(features) if router.rows == "fisher" else None
+        covariance = None
+        if router.rows == "fisher":
+            covariance = shrunk_covariance(sample.reshape(len(sample), len(groups), width)[:, group])
         rows, biases = router_rows(by_group[:, group], covariance)
         if router.seed_expert and router.rows == "fisher":
             biases[-1] += router.seed_log_odds

@@ -56,13 +56,13 @@ def settings() -> Settings:
 
 @pytest.fixture
 def small(seed_folder: Path) -> Settings:
-    """A whole run in seconds: the tiny seed and small parts of the built-in data."""
+    """A whole run in seconds: the tiny seed, experts on the upper of its two layers, and small parts of the built-in data."""
     return validated(
         {
             "seed-model": str(seed_folder),
             "data": {"public-samples": 300, "private-samples": 40},
             "proxies": {"count": 20, "pool": 100},
-            "lora": {"rank": 2, "alpha": 4},
+            "lora": {"rank": 2, "alpha": 4, "first-layer": 1},
             "expert-training": {"epochs": 1, "batch-size": 16},
             "router-training": {"epochs": 1, "batch-size": 16},
         }

@@ -20,7 +20,7 @@ NAMES = ["one", "two", "three"]
 @pytest.fixture
 def weights(seed: Seed, small: Settings) -> UnifiedWeights:
     router = RouterWeights(
-        random_features(3, seed.width).astype(np.float32), np.zeros(3, dtype=np.float32), float(np.float32(0.3))
+        random_features(4, 2 * seed.width).astype(np.float32), np.zeros(4, dtype=np.float32), float(np.float32(0.3))
     )
     return UnifiedWeights([rounded(random_expert(seed, small, k)) for k in range(3)], [router])
 

@@ -93,10 +93,10 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     # The oracle's greek is the greek expert's; its public accuracy is the seed's.
     assert results.methods["oracle"].domains["greek"] == expert.domains["greek"]
     assert results.methods["oracle"].public == results.methods["zero-shot"].public
-    # LoRA in float16 on two layers; the vectors [1, 16] and [16] in float32; the client's number.
-    assert metamoe.bytes_up == [2 * 192 * 2 + 4 * 16 + 4 * 16 + 8] * 2
+    # LoRA in float16 on one layer; the vectors [2, 16] and [16] in float32; the client's number.
+    assert metamoe.bytes_up == [192 * 2 + 4 * 32 + 4 * 16 + 8] * 2
     # One round, in float16, and the number of samples.
-    assert results.methods["fedavg"].bytes_up == [2 * 192 * 2 + 8] * 2
+    assert results.methods["fedavg"].bytes_up == [192 * 2 + 8] * 2
     assert results.methods["zero-shot"].bytes_up == [0, 0]
     # 40 images of 32 x 32 and their labels.
     assert results.methods["unrestricted-moe"].bytes_up == [40 * (1_024 + 8)] * 2

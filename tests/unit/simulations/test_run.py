@@ -57,8 +57,8 @@ def test_a_run_leaves_what_it_should_and_twice_the_same(small: Settings, tmp_pat
     assert set(results["public_accuracy"]) == set(results["accuracy"])
     assert all(sum(shares.values()) == pytest.approx(1, abs=1e-3) for shares in results["routing"].values())
     for client in results["clients"]:
-        # LoRA in float16, the vectors for the router [1, 16] and for selection [16] in float32, and the client's number.
-        assert client["bytes_up"] == sum(a["bytes"] for a in client["artifacts"]) == 2 * 192 * 2 + 4 * 16 + 4 * 16 + 8
+        # LoRA in float16, the vectors for the router [2, 16] and for selection [16] in float32, and the client's number.
+        assert client["bytes_up"] == sum(a["bytes"] for a in client["artifacts"]) == 192 * 2 + 4 * 32 + 4 * 16 + 8
         assert client["bytes_down"] > 8 * 20
         delivered = out / "clients" / client["name"]
         assert load_model(delivered / "model").manifest.model_hash == results["model"]
@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_should_and_twice_the_same(small: Settings, tmp_pat
 
 def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small: Settings, tmp_path: Path) -> None:
     values = small.model_dump() | {"report_accuracy": True, "clients": 4}
+    values["lora"]["first_layer"] = 0
     values["router"] |= {"decide": "per-layer", "evidence": "layer", "rows": "dot", "vectors": "proxy"}
     settings = validated(values)
     run_local(settings, tmp_path)
