@@ -69,7 +69,7 @@ def simulate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. router.top-k=2; repeatable."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/PRESET]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/PRESET)")] = None,
     backend: Annotated[
         Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
     ] = Backend.ray,
@@ -128,19 +128,25 @@ def benchmark(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            "--methods", metavar="NAME", help="A method of the main table, or several with commas; repeatable. [default: all]"
+            "--methods",
+            metavar="NAME",
+            help="A method of the main table, or several with commas; repeatable (default: all; an unknown name lists them).",
         ),
     ] = None,
     ablation: Annotated[
         list[str] | None,
-        typer.Option("--ablation", metavar="NAME", help="A group of ablations, or several with commas, or all; repeatable."),
+        typer.Option(
+            "--ablation",
+            metavar="NAME",
+            help="A group of ablations, or several with commas, or all; repeatable (an unknown name lists them).",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 5,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting for every method; repeatable."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Benchmark folder. [default: runs/benchmark-PRESET]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
     from simulations.benchmark import Plan, run_benchmark
