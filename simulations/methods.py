@@ -211,6 +211,12 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
     "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
 }
+# What the paper's own ablations take away, from the paper's own method.
+_FROM_PAPER: dict[str, tuple[str, ...]] = {
+    "without DPP": ("proxies.selection=relevance",),
+    "without context": _TOKEN_ALONE,
+    "without aligned training": ("expert-training.samples=private",),
+}
 _MERGED = (
     Method("merging: btm of aligned experts", "ensemble", "Branch-Train-Merge of metamoe's own experts", group="merging"),
     Method("merging: soup of aligned experts", "soup", "Model Soup of metamoe's own experts", group="merging"),
@@ -224,7 +230,17 @@ def ablations() -> list[Method]:
         for group, members in _ABLATIONS.items()
         for name, settings in members.items()
     ]
-    return [*switched, *_MERGED]
+    taken = [
+        Method(
+            f"paper: {name}",
+            "unified",
+            f"metamoe-paper with {', '.join(settings)}",
+            (*_PAPER, *_TOP_1, *settings),
+            group="paper",
+        )
+        for name, settings in _FROM_PAPER.items()
+    ]
+    return [*switched, *taken, *_MERGED]
 
 
 def chosen(settings: Settings, methods: Sequence[str], groups: Sequence[str]) -> list[Method]:
