@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import InputFileError, ModelStructureError
 
+_TOWER = ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size", "image_size")
+_PROCESSOR = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+)
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -28,11 +35,17 @@ class Seed:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every parameter's name, dtype, shape and bytes, and over the tokenizer's words."""
+        """SHA-256 over all that decides the seed's output: every parameter's name, dtype, shape and bytes, the settings of both
+        towers and of the image processor, and the tokenizer's words.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        # By name: the files hold much else, such as versions and paths, that may differ between places.
+        towers = (self.model.config.vision_config, self.model.config.text_config)
+        for part, names in ((towers[0], _TOWER), (towers[1], _TOWER), (self.processor, _PROCESSOR)):
+            digest.update(repr([(name, _plain(getattr(part, name, None))) for name in names]).encode())
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()
 
@@ -44,6 +57,15 @@ class Seed:
     def width(self) -> int:
         """d, the width of the residual stream and of every routing vector."""
         return self.model.vision_model.config.hidden_size
+
+
+def _plain(value: Any) -> Any:
+    """A setting in a form whose text is the same everywhere."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return sorted((key, entry) for key, entry in value.items() if entry is not None)
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @lru_cache(maxsize=1)
