@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.config import Settings, load_settings, preset_names, preset_text, to_toml
 from common.errors import InputFileError, InvalidSettingError, MetaMoEError
@@ -178,9 +178,11 @@ def benchmark(
     report_file = write_report(folder)
     for records in (results.methods, results.ablations):
         if records:
-            table = Table(*method_header(records))
-            for row in method_rows(records, results.methods.get("metamoe")):
-                table.add_row(*row)
+            # Without the test sets, of which there can be many: they are in the report.
+            name, *_, average, better, public, _ = method_header(records)
+            table = Table(Column(name, no_wrap=True), average, better, public)
+            for method, *_, average, better, public, _ in method_rows(records, results.methods.get("metamoe")):
+                table.add_row(method, average, better, public)
             _console.print(table)
     _console.print(f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {report_file}", soft_wrap=True)
 
