@@ -309,7 +309,7 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
         if not target.is_dir():
             private = [load_private(settings, client, "train") for client in range(settings.clients)]
             with replaced_folder(target) as new:
-                expert = federated_average(seed, settings, private, load_public(settings.data), rounds, _quietly)
+                expert = federated_average(seed, settings, private, load_public(settings.data), rounds)
                 save_adapter(new, seed, settings.lora, expert)
     expert = load_adapter(target)
     scores = dense(with_lora(seed, settings.lora, expert))

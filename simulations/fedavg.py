@@ -1,6 +1,6 @@
 """Federated averaging of one LoRA adapter, as Flower's users do it today: the baseline that sends weights every round."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ def federated_average(
     private: Sequence[Dataset],
     public: Dataset,
     rounds: int,
-    progress: Callable[[int, int], None],
 ) -> Expert:
     """One adapter after ``rounds`` rounds of FedAvg (McMahan et al., 2017) over the LoRA matrices.
 
@@ -39,7 +38,6 @@ def federated_average(
         private: each client's samples.
         public: the public set, for its class names only.
         rounds: at most the experts' epochs, which they divide.
-        progress: called with rounds done and in all.
     """
     training = settings.expert_training
     spaces = [label_space(class_names(data), class_names(public)) for data in private]
@@ -47,7 +45,6 @@ def federated_average(
         torch.manual_seed(derived_seed(settings.seed, _STAGE))
         shared = expert_of(with_lora(seed, settings.lora))
     for number in range(rounds):
-        progress(number, rounds)
         # Falling to zero within a round alone, the rate starts anew in each: 69 in place of 72 on preset glyphs.
         rate = training.learning_rate * (1 - number / rounds)
         local = training.model_copy(update={"epochs": training.epochs // rounds, "learning_rate": rate})
@@ -60,7 +57,6 @@ def federated_average(
             replies.append(_reply(trained, len(data)))
         record = aggregate_arrayrecords(replies, _COUNT)
         shared = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
-    progress(rounds, rounds)
     return shared
 
 

@@ -64,7 +64,7 @@ def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
     monkeypatch.setattr(fedavg, "train_expert", train)
     settings = changed(small, ["expert-training.epochs=4"])
     private = [load_private(small, 0, "train"), load_private(small, 1, "train").select(range(10))]
-    result = fedavg.federated_average(seed, settings, private, private[0], 2, lambda _done, _total: None)
+    result = fedavg.federated_average(seed, settings, private, private[0], 2)
     # 40 samples move by 1 and 10 by 2 in each of two rounds: (40 * 1 + 10 * 2) / 50 = 1.2, and B starts at zero.
     matrix = result[f"{seed.ffn_paths[1]}.fc1.lora_B.weight"]
     torch.testing.assert_close(matrix, torch.full_like(matrix, 2.4), atol=2e-3, rtol=0)
