@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from common.config import Settings, load_settings, preset_names, preset_text, to_toml
 from common.errors import InputFileError, InvalidSettingError, MetaMoEError
 from common.files import write_atomically
+from simulations.cli_deploy import deploy
 from simulations.prepare import prepare
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app = typer.Typer(
     help="Turn experts trained apart into one Mixture-of-Experts, without anybody's data moving.",
     epilog="METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
 )
+
+app.add_typer(deploy, name="deploy")
 
 _console = Console()
 _errors = Console(stderr=True)

@@ -4,12 +4,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("client", "common", "server", "simulations")
+PACKAGES = ("client", "common", "deploy", "server", "simulations")
 ALLOWED = {
     "common": {"common"},
     "client": {"client", "common"},
     "server": {"server", "common"},
-    "simulations": {"client", "common", "server", "simulations"},
+    "deploy": {"deploy", "common"},
+    "simulations": {"client", "common", "deploy", "server", "simulations"},
 }
 FLOWER = {"client/app.py", "client/egress.py", "common/wire.py", "server/app.py", "server/strategy.py"}
 NUMPY_ONLY = {"common/fisher.py", "server/dpp.py", "server/relevance.py"}

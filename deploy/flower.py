@@ -1,0 +1,167 @@
+"""Flower's own commands: the environment they run in, the app they are given, and a run followed to its end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tomli_w
+
+from common.errors import RunFailedError, by_code
+from common.files import cache_folder, write_atomically
+
+_POLL_SECONDS = 0.5
+_STATUS_SECONDS = 15
+_START_SECONDS = 60
+_STOP_SECONDS = 15
+
+
+def environment(home: Path) -> dict[str, str]:
+    """This process's environment, with Flower's own files in ``home``, and Flower neither calling home nor installing."""
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "METAMOE_CACHE": str(cache_folder()),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def write_connection(home: Path, name: str, connection: Mapping[str, str | bool]) -> None:
+    """Tell Flower's commands, in ``home``, how to reach a SuperLink."""
+    write_atomically(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: dict(connection)}}))
+
+
+def run(home: Path, connection: str, out: Path, *options: str) -> None:
+    """Submit the app and follow the run to its end.
+
+    Args:
+        home: Flower's own files; the connection is written there.
+        connection: its name.
+        out: the run folder, absolute, with ``settings.toml`` in it.
+        options: further ones of ``flwr run``.
+
+    Raises:
+        MetaMoEError: what stopped the server's side, of the kind it had there.
+        RunFailedError: Flower itself failed.
+    """
+    error = out / "server" / "error.json"
+    config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))}"
+    submitted = flwr(home, "run", str(_write_app(home / "metamoe-app")), connection, "--run-config", config, *options)
+    status = _finished(home, connection, submitted["run-id"], (error, out / "server" / "summary.json"))
+    if error.is_file():
+        values = json.loads(error.read_text())
+        raise by_code(values["code"])(values["message"])
+    if status != "finished:completed":
+        raise RunFailedError(f"the Flower run ended as {status}; Flower's logs say why")
+
+
+def flwr(home: Path, *arguments: str) -> dict[str, Any]:
+    """A command of Flower's own, its answer as JSON.
+
+    Raises:
+        RunFailedError: it failed; the message is Flower's.
+    """
+    command = ["flwr", *arguments, "--format", "json"]
+    done = subprocess.run(command, cwd=home, env=environment(home), capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        answer = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
+    if not answer.get("success"):
+        raise RunFailedError(f"flwr {arguments[0]} failed: {answer.get('error-message', done.stdout)}")
+    return answer
+
+
+def start(command: Sequence[str], home: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A process of its own session, in ``home``, that writes to ``log``."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=home,
+            env=environment(home),
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until a process listens on a port of the loopback.
+
+    Raises:
+        RunFailedError: it ended before, or does not within a minute.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RunFailedError(f"Flower did not start to listen on port {port}; its log is {log}")
+
+
+def stop(pids: Sequence[int]) -> None:
+    """End processes and everything below them, Ray's too: first asked, then killed."""
+    family = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            family += [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, _STOP_SECONDS)
+    for member in alive:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, _STOP_SECONDS)
+
+
+def _write_app(folder: Path) -> Path:
+    """A Flower app that holds no code: the installed packages are the app, so nothing else can be picked up in their place."""
+    pyproject = {
+        "project": {"name": "metamoe", "version": version("metamoe-fl"), "license": "Apache-2.0", "dependencies": []},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "metamoe",
+                    "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower"},
+                }
+            }
+        },
+    }
+    write_atomically(folder / "pyproject.toml", tomli_w.dumps(pyproject))
+    return folder
+
+
+def _finished(home: Path, connection: str, run_id: str, signs: Sequence[Path]) -> str:
+    """Wait for the end of a run; its status. Flower is asked seldom, as each question costs a second of CPU, unless there
+    are signs.
+    """
+    while True:
+        status = str(flwr(home, "list", connection, "--run-id", run_id)["runs"][0]["status"])
+        if status.startswith("finished"):
+            return status
+        deadline = time.monotonic() + _STATUS_SECONDS
+        while time.monotonic() < deadline and not any(sign.is_file() for sign in signs):
+            time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)

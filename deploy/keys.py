@@ -1,0 +1,172 @@
+"""A federation's folder: its keys and certificates, and what was agreed when they were made.
+
+    federation.toml           where the server is, and how many clients there are
+    ca/                       ca.key, ca.crt            the operator's; ca.key goes nowhere
+    server/                   server.key, server.crt    with a copy of ca.crt
+    clients/client-N/         node.key, node.pub        who the client is to the server
+                              runtime.key, runtime.crt  for its own processes among themselves; with a copy of ca.crt
+
+Server and each client have a file ``superexec.secret`` besides: what starts an app process proves with it that it may. All
+keys are ECDSA on the curve P-384, and files that must stay secret have the mode 0600.
+"""
+
+import ipaddress
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import InputFileError, InvalidSettingError, first_problem
+from common.files import write_atomically
+
+# Clocks of different machines differ a little: a certificate is valid from just before it is made.
+_BACKDATED = timedelta(minutes=5)
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class Federation(BaseModel):
+    """What ``federation.toml`` says: the server's ``host`` and ``port`` as clients reach it, and the number of ``clients``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    host: str
+    port: int = Field(ge=1, le=65_535)
+    clients: int = Field(ge=1, le=1_000)
+
+    @property
+    def names(self) -> list[str]:
+        """The clients' folders: client-0, client-1, ..."""
+        return [f"client-{number}" for number in range(self.clients)]
+
+
+def read_federation(folder: Path) -> Federation:
+    """The federation of a folder that :func:`make_keys` made.
+
+    Raises:
+        InputFileError: there is none, or its ``federation.toml`` is not one.
+    """
+    file = folder / "federation.toml"
+    try:
+        return Federation.model_validate(tomllib.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise InputFileError(f"{folder} is no federation's folder; make one with: metamoe deploy keys {folder}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputFileError(f"{file} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise InputFileError(f"{file}: {first_problem(error)}") from error
+
+
+def make_keys(folder: Path, federation: Federation, days: int) -> None:
+    """Make a federation's folder; see the module for what is in it.
+
+    Args:
+        folder: new or empty.
+        federation: its server's certificate is for its host and for the loopback.
+        days: how long the certificates are valid.
+
+    Raises:
+        InvalidSettingError: the host is neither a name nor an address.
+        InputFileError: the folder is not empty or cannot be written.
+    """
+    names = [_general_name(host) for host in dict.fromkeys([federation.host, *_LOOPBACK])]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputFileError(f"{folder} is not an empty folder; keys are never overwritten, so give another one")
+    try:
+        authority, issuer = _certificate("MetaMoE-FL federation", [], days)
+        root = _pem(issuer)
+        _write(folder / "ca" / "ca.key", _private(authority))
+        _write(folder / "ca" / "ca.crt", root, secret=False)
+        key, certificate = _certificate("MetaMoE-FL server", names, days, authority, issuer)
+        _write(folder / "server" / "server.key", _private(key))
+        _write(folder / "server" / "server.crt", _pem(certificate), secret=False)
+        _write(folder / "server" / "ca.crt", root, secret=False)
+        _write_secret(folder / "server")
+        for name in federation.names:
+            _make_client(folder / "clients" / name, root, days)
+        write_atomically(folder / "federation.toml", tomli_w.dumps(federation.model_dump()))
+    except OSError as error:
+        raise InputFileError(f"keys cannot be written to {folder}: {error}") from error
+
+
+def _make_client(folder: Path, root: bytes, days: int) -> None:
+    node = ec.generate_private_key(ec.SECP384R1())
+    _write(folder / "node.key", _private(node, serialization.PrivateFormat.OpenSSH))
+    public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(folder / "node.pub", public + b"\n", secret=False)
+    key, certificate = _certificate("MetaMoE-FL client", [_general_name(host) for host in _LOOPBACK], days)
+    _write(folder / "runtime.key", _private(key))
+    _write(folder / "runtime.crt", _pem(certificate), secret=False)
+    _write(folder / "ca.crt", root, secret=False)
+    _write_secret(folder)
+
+
+def _certificate(
+    subject: str,
+    hosts: Sequence[x509.GeneralName],
+    days: int,
+    authority: ec.EllipticCurvePrivateKey | None = None,
+    issuer: x509.Certificate | None = None,
+) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """A new key and its certificate, signed by the authority, or by itself where there is none."""
+    key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
+    signer = authority or key
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(issuer.subject if issuer else name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATED)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if hosts:
+        server = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        builder = builder.add_extension(x509.SubjectAlternativeName(hosts), critical=False).add_extension(
+            server, critical=False
+        )
+    return key, builder.sign(signer, hashes.SHA384())
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", host):
+            raise InvalidSettingError(
+                f"host {host!r} is neither a name nor an address; give it without scheme and port"
+            ) from None
+        return x509.DNSName(host)
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _write_secret(folder: Path) -> None:
+    _write(folder / "superexec.secret", secrets.token_hex(32).encode())
+
+
+def _write(file: Path, content: bytes, *, secret: bool = True) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # The mode is set when the file is made: nobody can have read it before.
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+    with os.fdopen(descriptor, "wb") as opened:
+        opened.write(content)

@@ -1,0 +1,239 @@
+"""A federation of plain processes on one machine, with the same flags as in containers: TLS, node authentication, and an app
+process of its own for every message.
+
+A SuperLink and what starts its ServerApps lie in ``server/``; each client's SuperNode and what starts its ClientApps in
+``clients/client-N/``. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.config import Settings
+from common.errors import InputFileError, InvalidSettingError, RunFailedError, first_problem
+from common.files import write_atomically
+from deploy import flower
+from deploy.keys import Federation, read_federation
+
+CONNECTION = "federation"
+_ONLINE_SECONDS = 90
+_SERVER = "server"
+_KEY_IN_USE = "Public key already in use"
+
+
+class Started(BaseModel):
+    """A process as it was started; pid and time together tell it from a later process of the same number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pid: int
+    created: float
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Running(BaseModel):
+    """What was started, by party (``server`` or ``client-N``), and the ids under which nodes were registered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    processes: dict[str, list[Started]] = {}
+    nodes: dict[str, str] = {}
+
+    def alive(self, party: str) -> bool:
+        """Whether both of a party's processes run: the link, and what starts its apps."""
+        return party in self.processes and all(process.alive for process in self.processes[party])
+
+
+@dataclass(frozen=True)
+class Party:
+    """One line of a federation's status."""
+
+    name: str
+    running: bool
+    node: str
+    online: bool
+
+
+def up(folder: Path, progress: Callable[[str], None]) -> None:
+    """Start whatever of a federation does not run, register the nodes that are not, and wait until all are online.
+
+    Args:
+        folder: the federation's, from :func:`deploy.keys.make_keys`.
+        progress: told what is being waited for.
+
+    Raises:
+        RunFailedError: something did not start, with its log.
+    """
+    federation, running = read_federation(folder), _running(folder)
+    if not running.alive(_SERVER):
+        progress("starting the server")
+        _end(running, _SERVER)
+        _start_server(folder, federation, running)
+    for number, name in enumerate(federation.names):
+        if name not in running.nodes:
+            progress(f"registering {name}")
+            running.nodes[name] = register(folder, folder / "clients" / name / "node.pub")
+            _save(folder, running)
+        if not running.alive(name):
+            progress(f"starting {name}")
+            _end(running, name)
+            _start_client(folder, federation, running, number)
+    _wait_online(folder, running, progress)
+
+
+def down(folder: Path) -> list[str]:
+    """Stop every process of a federation; the parties that ran. Registrations and states stay."""
+    running = _running(folder)
+    # Clients first, so that none looks for a server that is gone.
+    parties = [party for party in reversed(running.processes) if any(p.alive for p in running.processes[party])]
+    for party in list(running.processes)[::-1]:
+        _end(running, party)
+    _save(folder, running)
+    return parties
+
+
+def status(folder: Path) -> list[Party]:
+    """What runs, and which nodes the server sees."""
+    federation, running = read_federation(folder), _running(folder)
+    serving = running.alive(_SERVER)
+    online = _online(folder) if serving else set()
+    return [
+        Party(_SERVER, serving, "", serving),
+        *(
+            Party(name, running.alive(name), running.nodes.get(name, ""), running.nodes.get(name) in online)
+            for name in federation.names
+        ),
+    ]
+
+
+def register(folder: Path, public_key: Path) -> str:
+    """Let the node with this public key into the federation; its id.
+
+    Raises:
+        RunFailedError: the server does not answer, or refuses the key.
+    """
+    try:
+        answer = flower.flwr(_home(folder), "supernode", "register", str(public_key.absolute()), CONNECTION)
+    except RunFailedError as error:
+        if _KEY_IN_USE in str(error):
+            raise RunFailedError(f"the key {public_key} is registered already; one key is one node") from error
+        raise
+    return str(answer["node-id"])
+
+
+def submit(folder: Path, settings: Settings, out: Path) -> None:
+    """Run the stages over a federation that is up; ``out/settings.toml`` must be there.
+
+    Raises:
+        InvalidSettingError: the settings are for another number of clients.
+        MetaMoEError: what stopped the run.
+    """
+    federation = read_federation(folder)
+    if settings.clients != federation.clients:
+        raise InvalidSettingError(
+            f"clients = {settings.clients}, but the federation in {folder} has {federation.clients}; set clients to that"
+        )
+    flower.run(_home(folder), CONNECTION, out)
+
+
+def _start_server(folder: Path, federation: Federation, running: Running) -> None:
+    home, own = _home(folder), folder / _SERVER
+    address = f"127.0.0.1:{federation.port}"
+    flower.write_connection(home, CONNECTION, {"address": address, "root-certificates": str(own / "ca.crt")})
+    secret = ["--superexec-auth-secret-file", str(own / "superexec.secret")]
+    link = [
+        "flower-superlink",
+        "--isolation",
+        "process",
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    ]
+    link += ["--database", str(home / "superlink.db"), "--host", "127.0.0.1", "--port", str(federation.port), *secret]
+    link += ["--ssl-certfile", str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key")]
+    link += ["--ssl-ca-certfile", str(own / "ca.crt")]
+    apps = ["flower-superexec", "--runtime-api-address", address, "--root-certificates", str(own / "ca.crt"), *secret]
+    _start(folder, running, _SERVER, home, federation.port, link, apps)
+
+
+def _start_client(folder: Path, federation: Federation, running: Running, number: int) -> None:
+    name = federation.names[number]
+    own = folder / "clients" / name
+    home, port = own / "flower", flower.free_port()
+    runtime = ["--ssl-certfile", str(own / "runtime.crt"), "--ssl-keyfile", str(own / "runtime.key")]
+    secret = ["--superexec-auth-secret-file", str(own / "superexec.secret")]
+    node = ["flower-supernode", "--isolation", "process", "--superlink", f"localhost:{federation.port}"]
+    node += ["--root-certificates", str(own / "ca.crt"), "--auth-supernode-private-key", str(own / "node.key")]
+    node += ["--node-config", f'partition-id={number} state-dir="{own / "state"}"']
+    node += ["--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile", str(own / "runtime.crt"), *runtime, *secret]
+    apps = ["flower-superexec", "--runtime-api-address", f"127.0.0.1:{port}"]
+    apps += ["--root-certificates", str(own / "runtime.crt"), *secret]
+    _start(folder, running, name, home, port, node, apps)
+
+
+def _start(folder: Path, running: Running, party: str, home: Path, port: int, link: list[str], apps: list[str]) -> None:
+    """Start a party's two processes, the second when the first listens, and note them down at once."""
+    home.mkdir(parents=True, exist_ok=True)
+    log = home.with_name("link.log")
+    first = flower.start(link, home, log)
+    running.processes[party] = [_started(first.pid)]
+    _save(folder, running)
+    flower.wait_for(first, port, log)
+    second = flower.start(apps, home, home.with_name("apps.log"))
+    running.processes[party].append(_started(second.pid))
+    _save(folder, running)
+
+
+def _started(pid: int) -> Started:
+    try:
+        return Started(pid=pid, created=psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess as error:
+        raise RunFailedError(f"a process of Flower's ended at once (pid {pid})") from error
+
+
+def _end(running: Running, party: str) -> None:
+    flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
+
+
+def _wait_online(folder: Path, running: Running, progress: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + _ONLINE_SECONDS
+    while offline := [name for name, node in running.nodes.items() if node not in _online(folder)]:
+        progress(f"waiting for {', '.join(offline)}")
+        if time.monotonic() > deadline:
+            logs = folder / "clients" / offline[0] / "link.log"
+            raise RunFailedError(f"{', '.join(offline)} did not connect within {_ONLINE_SECONDS} s; see {logs}")
+        time.sleep(1)
+
+
+def _online(folder: Path) -> set[str]:
+    nodes = flower.flwr(_home(folder), "supernode", "list", CONNECTION)["nodes"]
+    return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
+
+
+def _home(folder: Path) -> Path:
+    """Flower's own files of the server's side."""
+    return folder / _SERVER / "flower"
+
+
+def _running(folder: Path) -> Running:
+    file = folder / "running.json"
+    try:
+        return Running.model_validate_json(file.read_text()) if file.is_file() else Running()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"{file} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise InputFileError(f"{file}: {first_problem(error)}") from error
+
+
+def _save(folder: Path, running: Running) -> None:
+    write_atomically(folder / "running.json", running.model_dump_json(indent=2) + "\n")

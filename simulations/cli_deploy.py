@@ -1,0 +1,119 @@
+"""The commands ``metamoe deploy``: a federation of separate processes, over TLS."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import load_settings, to_toml
+from common.errors import InputFileError
+from common.files import write_atomically
+
+deploy = typer.Typer(no_args_is_help=True, help="A federation whose server and clients are separate processes, over TLS.")
+
+_console = Console()
+Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
+
+
+@deploy.command()
+def keys(
+    folder: Folder,
+    clients: Annotated[int, typer.Option(min=1, max=1_000, help="Number of clients.")] = 3,
+    host: Annotated[str, typer.Option(help="Name or address under which clients reach the server.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="The server's one port.")] = 8_000,
+    days: Annotated[int, typer.Option(min=1, help="How long the certificates are valid.")] = 365,
+) -> None:
+    """Make a federation's folder: an authority, the server's certificate, and a key pair for each client."""
+    from deploy.keys import Federation, make_keys
+
+    make_keys(folder, Federation(host=host, port=port, clients=clients), days)
+    _console.print(f"keys for a server and {clients} clients, valid for {days} days: {folder}", soft_wrap=True)
+
+
+@deploy.command()
+def up(folder: Folder) -> None:
+    """Start whatever of a federation does not run, as processes on this machine, and wait until all clients are online."""
+    from deploy.processes import up
+
+    with _console.status("starting") as shown:
+        up(folder.absolute(), shown.update)
+    status(folder)
+
+
+@deploy.command()
+def down(folder: Folder) -> None:
+    """Stop a federation's processes. What clients keep stays."""
+    from deploy.processes import down
+
+    with _console.status("stopping"):
+        stopped = down(folder.absolute())
+    _console.print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
+
+
+@deploy.command()
+def status(folder: Folder) -> None:
+    """Show what runs and which clients the server sees; exit code 1 if anything is missing."""
+    from deploy.processes import status
+
+    with _console.status("asking the server"):
+        parties = status(folder.absolute())
+    table = Table("party", "processes", "node", "the server sees it")
+    for party in parties:
+        table.add_row(party.name, "running" if party.running else "down", party.node, "yes" if party.online else "no")
+    _console.print(table)
+    if not all(party.running and party.online for party in parties):
+        raise typer.Exit(1)
+
+
+@deploy.command()
+def register(
+    folder: Folder,
+    public_key: Annotated[Path, typer.Argument(help="The client's node.pub.")],
+) -> None:
+    """Let one more node into a federation whose server is up, by its public key."""
+    from deploy.processes import register
+
+    _console.print(f"node {register(folder.absolute(), public_key)}")
+
+
+@deploy.command()
+def run(
+    folder: Folder,
+    preset: Annotated[
+        str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")
+    ] = "glyphs",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. (default: FOLDER/runs/TIME)")] = None,
+) -> None:
+    """Run the three stages over a federation that is up, and follow them; the exit code is the run's."""
+    from deploy.processes import submit
+    from simulations.progress import live
+
+    settings, folder = load_settings(preset, set_ or []), folder.absolute()
+    target = (out or folder / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputFileError(f"--out {target} is not an empty folder; give another one")
+    write_atomically(target / "settings.toml", to_toml(settings))
+    with live(settings, target, _console):
+        submit(folder, settings, target)
+    _console.print(f"model: {target / 'model'}\nwhat each client sent: {target / 'server' / 'summary.json'}", soft_wrap=True)
+
+
+@deploy.command()
+def doctor(folder: Folder) -> None:
+    """Say what is wrong with a federation: certificates, keys, modes, ports, processes; exit code 1 if anything is."""
+    from deploy.doctor import examine
+
+    findings = examine(folder.absolute(), datetime.now(UTC))
+    for finding in findings:
+        mark = (
+            f"[red]wrong[/red] {finding.what} {finding.problem}" if finding.problem else f"[green]fine[/green]  {finding.what}"
+        )
+        _console.print(mark, soft_wrap=True, highlight=False)
+    if any(finding.problem for finding in findings):
+        raise typer.Exit(1)
