@@ -16,7 +16,7 @@ import re
 import secrets
 import tomllib
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import tomli_w
@@ -66,13 +66,14 @@ def read_federation(folder: Path) -> Federation:
         raise InputFileError(f"{file}: {first_problem(error)}") from error
 
 
-def make_keys(folder: Path, federation: Federation, days: int) -> None:
+def make_keys(folder: Path, federation: Federation, days: int, now: datetime) -> None:
     """Make a federation's folder; see the module for what is in it.
 
     Args:
         folder: new or empty.
         federation: its server's certificate is for its host and for the loopback.
         days: how long the certificates are valid.
+        now: from when on, with a time zone.
 
     Raises:
         InvalidSettingError: the host is neither a name nor an address.
@@ -82,28 +83,28 @@ def make_keys(folder: Path, federation: Federation, days: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputFileError(f"{folder} is not an empty folder; keys are never overwritten, so give another one")
     try:
-        authority, issuer = _certificate("MetaMoE-FL federation", [], days)
+        authority, issuer = _certificate("MetaMoE-FL federation", [], days, now)
         root = _pem(issuer)
         _write(folder / "ca" / "ca.key", _private(authority))
         _write(folder / "ca" / "ca.crt", root, secret=False)
-        key, certificate = _certificate("MetaMoE-FL server", names, days, authority, issuer)
+        key, certificate = _certificate("MetaMoE-FL server", names, days, now, authority, issuer)
         _write(folder / "server" / "server.key", _private(key))
         _write(folder / "server" / "server.crt", _pem(certificate), secret=False)
         _write(folder / "server" / "ca.crt", root, secret=False)
         _write_secret(folder / "server")
         for name in federation.names:
-            _make_client(folder / "clients" / name, root, days)
+            _make_client(folder / "clients" / name, root, days, now)
         write_atomically(folder / "federation.toml", tomli_w.dumps(federation.model_dump()))
     except OSError as error:
         raise InputFileError(f"keys cannot be written to {folder}: {error}") from error
 
 
-def _make_client(folder: Path, root: bytes, days: int) -> None:
+def _make_client(folder: Path, root: bytes, days: int, now: datetime) -> None:
     node = ec.generate_private_key(ec.SECP384R1())
     _write(folder / "node.key", _private(node, serialization.PrivateFormat.OpenSSH))
     public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(folder / "node.pub", public + b"\n", secret=False)
-    key, certificate = _certificate("MetaMoE-FL client", [_general_name(host) for host in _LOOPBACK], days)
+    key, certificate = _certificate("MetaMoE-FL client", [_general_name(host) for host in _LOOPBACK], days, now)
     _write(folder / "runtime.key", _private(key))
     _write(folder / "runtime.crt", _pem(certificate), secret=False)
     _write(folder / "ca.crt", root, secret=False)
@@ -114,11 +115,12 @@ def _certificate(
     subject: str,
     hosts: Sequence[x509.GeneralName],
     days: int,
+    now: datetime,
     authority: ec.EllipticCurvePrivateKey | None = None,
     issuer: x509.Certificate | None = None,
 ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     """A new key and its certificate, signed by the authority, or by itself where there is none."""
-    key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
+    key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
     signer = authority or key
     builder = (

@@ -8,6 +8,7 @@ A SuperLink and what starts its ServerApps lie in ``server/``; each client's Sup
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from common.config import Settings
 from common.errors import InputFileError, InvalidSettingError, RunFailedError, first_problem
 from common.files import write_atomically
 from deploy import flower
+from deploy.certificates import certificate_problems
 from deploy.keys import Federation, read_federation
 
 CONNECTION = "federation"
@@ -73,9 +75,13 @@ def up(folder: Path, progress: Callable[[str], None]) -> None:
         progress: told what is being waited for.
 
     Raises:
+        InputFileError: a certificate cannot be used; Flower itself would only say that nobody answers.
         RunFailedError: something did not start, with its log.
     """
     federation, running = read_federation(folder), _running(folder)
+    for file, problem in certificate_problems(folder, federation, datetime.now(UTC)).items():
+        if problem:
+            raise InputFileError(f"{file} {problem}")
     if not running.alive(_SERVER):
         progress("starting the server")
         _end(running, _SERVER)

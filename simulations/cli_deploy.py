@@ -29,7 +29,7 @@ def keys(
     """Make a federation's folder: an authority, the server's certificate, and a key pair for each client."""
     from deploy.keys import Federation, make_keys
 
-    make_keys(folder, Federation(host=host, port=port, clients=clients), days)
+    make_keys(folder, Federation(host=host, port=port, clients=clients), days, datetime.now(UTC))
     _console.print(f"keys for a server and {clients} clients, valid for {days} days: {folder}", soft_wrap=True)
 
 

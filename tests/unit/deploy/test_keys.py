@@ -21,14 +21,12 @@ NOW = datetime.now(UTC)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_keys(tmp_path / "federation", Federation(host="server.example", port=free_port(), clients=2), 365)
+    make_keys(tmp_path / "federation", Federation(host="server.example", port=free_port(), clients=2), 365, NOW)
     return tmp_path / "federation"
 
 
 def problems(folder: Path, now: datetime = NOW) -> dict[str, str]:
-    return {
-        str(Path(finding.what).relative_to(folder)): finding.problem for finding in examine(folder, now) if finding.problem
-    }
+    return {str(Path(finding.what).relative_to(folder)): finding.problem for finding in examine(folder, now) if finding.problem}
 
 
 def test_keys_are_ecdsa_p384_of_their_own_and_secret_files_are_for_their_owner_alone(folder: Path) -> None:
@@ -46,11 +44,11 @@ def test_keys_are_ecdsa_p384_of_their_own_and_secret_files_are_for_their_owner_a
     assert len(secret) == 1 + 2 + 2 * 3
     assert {file.stat().st_mode & 0o777 for file in secret} == {0o600}
     # The authority's key is the operator's alone.
-    assert [file for file in folder.rglob("ca.key")] == [folder / "ca" / "ca.key"]
+    assert list(folder.rglob("ca.key")) == [folder / "ca" / "ca.key"]
 
 
 def test_a_client_trusts_the_server_by_name_and_no_other_authority(folder: Path, tmp_path: Path) -> None:
-    make_keys(tmp_path / "other", Federation(host="server.example", port=8000, clients=1), 365)
+    make_keys(tmp_path / "other", Federation(host="server.example", port=8000, clients=1), 365, NOW)
 
     def handshake(trusted: Path, host: str) -> None:
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -72,7 +70,7 @@ def test_a_client_trusts_the_server_by_name_and_no_other_authority(folder: Path,
     own = folder / "clients" / "client-0" / "ca.crt"
     for host in ("server.example", "localhost", "127.0.0.1"):
         handshake(own, host)
-    with pytest.raises(ssl.SSLCertVerificationError):
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         handshake(own, "elsewhere.example")
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(tmp_path / "other" / "clients" / "client-0" / "ca.crt", "server.example")
@@ -80,13 +78,13 @@ def test_a_client_trusts_the_server_by_name_and_no_other_authority(folder: Path,
 
 def test_keys_are_never_overwritten(folder: Path) -> None:
     with pytest.raises(InputFileError, match="never overwritten"):
-        make_keys(folder, read_federation(folder), 365)
+        make_keys(folder, read_federation(folder), 365, NOW)
 
 
 @pytest.mark.parametrize("host", ["https://server", "a b", "", "server:8000", "-x"])
 def test_a_host_that_is_none_is_refused_before_anything_is_written(host: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match="neither a name nor an address"):
-        make_keys(tmp_path / "new", Federation(host=host, port=8000, clients=1), 1)
+        make_keys(tmp_path / "new", Federation(host=host, port=8000, clients=1), 1, NOW)
     assert not (tmp_path / "new").exists()
 
 
@@ -108,7 +106,7 @@ def test_the_doctor_finds_nothing_wrong_with_new_keys(folder: Path) -> None:
 
 
 def test_the_doctor_finds_certificates_that_expire_or_are_from_the_future(folder: Path) -> None:
-    assert "expires on" in problems(folder, NOW + timedelta(days=340))["server/server.crt"]
+    assert "soon be of no use, it expired on" in problems(folder, NOW + timedelta(days=340))["server/server.crt"]
     late = problems(folder, NOW + timedelta(days=400))
     assert "expired on" in late["server/server.crt"]
     assert "expired on" in late["clients/client-1/runtime.crt"]
@@ -117,7 +115,7 @@ def test_the_doctor_finds_certificates_that_expire_or_are_from_the_future(folder
 
 def test_the_doctor_finds_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    make_keys(other, Federation(host="elsewhere.example", port=8000, clients=1), 365)
+    make_keys(other, Federation(host="elsewhere.example", port=8000, clients=1), 365, NOW)
     shutil.copy(other / "server" / "server.key", folder / "server")
     shutil.copy(other / "server" / "ca.crt", folder / "clients" / "client-1")
     (folder / "clients" / "client-0" / "runtime.crt").write_text("none")
@@ -132,7 +130,7 @@ def test_the_doctor_finds_what_does_not_go_together(folder: Path, tmp_path: Path
 
 def test_the_doctor_finds_another_authority_and_another_host(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    make_keys(other, Federation(host="elsewhere.example", port=8000, clients=1), 365)
+    make_keys(other, Federation(host="elsewhere.example", port=8000, clients=1), 365, NOW)
     for file in ("server.key", "server.crt"):
         shutil.copy(other / "server" / file, folder / "server")
     assert "not signed by" in problems(folder)["server/server.crt"]

@@ -1,0 +1,154 @@
+"""A federation of separate processes, with TLS and node authentication: the simulation's result, and who is refused."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from common.config import Settings, to_toml
+from common.errors import InputFileError, InvalidSettingError, RunFailedError
+from common.files import write_atomically
+from common.model.artifact import load_model
+from deploy import flower
+from deploy.keys import Federation, make_keys, read_federation
+from deploy.processes import Running, down, register, status, up
+from simulations.local import run_local
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Three clients and a server, up."""
+    folder = tmp_path_factory.mktemp("deployed") / "federation"
+    make_keys(folder, Federation(host="localhost", port=flower.free_port(), clients=3), 30, datetime.now(UTC))
+    try:
+        up(folder, lambda _: None)
+        yield folder
+    finally:
+        down(folder)
+
+
+def start(federation: Path, settings: Settings, out: Path) -> subprocess.Popen[str]:
+    preset = out.with_suffix(".toml")
+    write_atomically(preset, to_toml(settings))
+    command = [str(BIN / "metamoe"), "deploy", "run", str(federation), "--preset", str(preset), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_separate_processes_give_the_simulation_s_model(federation: Path, small: Settings, tmp_path: Path) -> None:
+    run = start(federation, small, tmp_path / "deployed")
+    shown, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, shown
+    run_local(small, tmp_path / "local")
+    assert (tmp_path / "deployed" / "proxies.json").read_bytes() == (tmp_path / "local" / "proxies.json").read_bytes()
+    models = [load_model(tmp_path / name / "model").model for name in ("deployed", "local")]
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        np.testing.assert_allclose(tensor.float(), states[1][name].float(), rtol=1e-5, atol=1e-7, err_msg=name)
+    for number, name in enumerate(small.client_names):
+        state = federation / "clients" / f"client-{number}" / "state" / name
+        assert load_model(state / "model").manifest.experts == small.client_names
+
+
+def test_a_client_killed_in_the_middle_is_named_and_has_its_expert_when_it_is_back(
+    federation: Path, small: Settings, tmp_path: Path
+) -> None:
+    settings = small.model_copy(update={"seed": 7})
+    out, experts = tmp_path / "broken", federation / "clients" / "client-0" / "state" / "digits" / "experts"
+    earlier = set(experts.glob("*/proxies.json"))
+    run = start(federation, settings, out)
+    # As soon as the server asks for experts.
+    wait_until(lambda: (out / "proxies.json").is_file())
+    processes = Running.model_validate_json((federation / "running.json").read_text()).processes["client-1"]
+    for process in processes:
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            member.kill()
+    shown, _ = run.communicate(timeout=400)
+    assert run.returncode == RunFailedError.exit_code, shown
+    assert "client greek" in shown
+    assert not (out / "model").exists()
+    assert [party.name for party in status(federation) if not party.running] == ["client-1"]
+
+    up(federation, lambda _: None)
+    assert all(party.online for party in status(federation))
+    (trained,) = set(experts.glob("*/proxies.json")) - earlier
+    written = trained.stat().st_mtime_ns
+    run = start(federation, settings, tmp_path / "again")
+    shown, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, shown
+    assert set(experts.glob("*/proxies.json")) - earlier == {trained}
+    assert trained.stat().st_mtime_ns == written
+
+
+def refused(federation: Path, *options: str) -> str:
+    """What a SuperNode says that is started with these options against the federation's server, and must give up."""
+    port = read_federation(federation).port
+    command = [
+        str(BIN / "flower-supernode"),
+        "--isolation",
+        "process",
+        "--superlink",
+        f"localhost:{port}",
+        "--max-retries",
+        "1",
+    ]
+    command += ["--port", str(flower.free_port()), *options]
+    home = federation / "stranger"
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command, cwd=home, env=flower.environment(home), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert sum(party.online for party in status(federation)) == 1 + 3
+    return done.stdout + done.stderr
+
+
+def test_a_node_with_an_unregistered_key_or_none_is_refused(federation: Path, tmp_path: Path) -> None:
+    make_keys(tmp_path / "other", Federation(host="localhost", port=8000, clients=1), 30, datetime.now(UTC))
+    trusting = ("--root-certificates", str(federation / "server" / "ca.crt"))
+    key = str(tmp_path / "other" / "clients" / "client-0" / "node.key")
+    assert "Failed to activate" in refused(federation, *trusting, "--auth-supernode-private-key", key)
+    assert "must be registered" in refused(federation, *trusting)
+
+
+def test_a_node_without_tls_is_refused_and_refuses_another_authority(federation: Path, tmp_path: Path) -> None:
+    assert "Failed to initialize the connection" in refused(federation, "--insecure")
+    make_keys(tmp_path / "other", Federation(host="localhost", port=8000, clients=1), 30, datetime.now(UTC))
+    shown = refused(federation, "--root-certificates", str(tmp_path / "other" / "server" / "ca.crt"))
+    assert "CERTIFICATE_VERIFY_FAILED" in shown
+
+
+def test_an_expired_certificate_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    make_keys(folder, Federation(host="localhost", port=8000, clients=1), 10, datetime.now(UTC) - timedelta(days=20))
+    with pytest.raises(InputFileError, match=r"server\.crt expired on .* make new keys"):
+        up(folder, lambda _: None)
+    assert not (folder / "running.json").exists()
+
+
+def test_one_key_is_one_node(federation: Path) -> None:
+    with pytest.raises(RunFailedError, match="registered already"):
+        register(federation, federation / "clients" / "client-0" / "node.pub")
+
+
+def test_settings_for_another_number_of_clients_are_refused(federation: Path, small: Settings, tmp_path: Path) -> None:
+    run = start(federation, small.model_copy(update={"clients": 4}), tmp_path / "four")
+    shown, _ = run.communicate(timeout=60)
+    assert run.returncode == InvalidSettingError.exit_code
+    assert "clients = 4, but the federation" in shown
