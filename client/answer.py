@@ -10,11 +10,12 @@ from filelock import FileLock
 
 from client.deliver import store_and_evaluate
 from client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
+from client.private import private_samples
 from client.profile import profile
 from client.site import Site
 from common.compute import threads
 from common.config import Settings
-from common.data.datasets import known_classes, label_space, load_private, load_public, public_fingerprint
+from common.data.datasets import known_classes, label_space, load_public, public_fingerprint
 from common.data.tasks import class_names
 from common.errors import InvalidSettingError, ProtocolError, PublicDataMismatchError, SeedMismatchError
 from common.events import EventLog
@@ -31,7 +32,7 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
     Raises:
         InvalidSettingError: this client has no place in a run of so few.
         SeedMismatchError, PublicDataMismatchError: server and client do not hold the same; nothing has been computed.
-        EmptyPartitionError: this client has no data.
+        PrivateDataError, EmptyPartitionError: this client has no data, or none for this run.
     """
     settings = request.settings
     if site.client >= settings.clients:
@@ -57,7 +58,7 @@ def _check_common_ground(request: Request, seed: Seed) -> None:
 
 
 def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray]:
-    private, public = load_private(settings, site.client, "train"), load_public(settings.data)
+    private, public = private_samples(settings, site, "train"), load_public(settings.data)
     arrays = {"client": np.array(site.client)} | profile(seed, settings, site.client, private, public)
     return {artifact.name: arrays[artifact.name] for artifact in reply_artifacts("profile", settings, seed)}
 
@@ -68,7 +69,7 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     public = load_public(settings.data)
     if ids.min() < 0 or ids.max() >= len(public):
         raise ProtocolError(f"proxies has rows {ids.min()} to {ids.max()}, but the public set has {len(public)}")
-    private = load_private(settings, site.client, "train")
+    private = private_samples(settings, site, "train")
     samples = expert_samples(settings, private, public.select(ids))
     space = label_space(class_names(private), class_names(public))
     progress = partial(events, "expert", client=name)
@@ -99,7 +100,7 @@ def _deliver(
         for k in range(settings.clients)
     ]
     routers = routers_from({n.removeprefix("router."): a for n, a in arrays.items() if n.startswith("router.")})
-    test = load_private(settings, site.client, settings.data.evaluate_on)
+    test = private_samples(settings, site, settings.data.evaluate_on)
     classes = known_classes(settings.data)
     percent = store_and_evaluate(seed, settings, names, classes, UnifiedWeights(experts, routers), test, folder)
     return {"accuracy": np.array(percent, dtype=np.float32)} if settings.report_accuracy else {}

@@ -1,4 +1,4 @@
-"""Where a client runs: its number in the federation, and its own folder."""
+"""Where a client runs: its number in the federation, and its own folders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ class Site:
 
     client: int
     state: Path
+    data: Path | None = None
 
     @property
     def log(self) -> Path:
@@ -19,6 +20,9 @@ class Site:
 
 
 def site_of(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Site:
-    """The site as node config says it (``partition-id``, ``state-dir``); in a simulation the folder lies in the run's."""
+    """The site as node config says it (``partition-id``, ``state-dir``, and ``data-dir`` for data of its own); in a simulation
+    the folder lies in the run's.
+    """
     state = node_config.get("state-dir") or Path(str(run_config["out"])) / "clients"
-    return Site(int(str(node_config["partition-id"])), Path(str(state)))
+    data = node_config.get("data-dir")
+    return Site(int(str(node_config["partition-id"])), Path(str(state)), Path(str(data)) if data else None)

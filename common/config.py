@@ -14,6 +14,7 @@ from common.errors import InvalidSettingError, PresetNotFoundError, ProxyCountEr
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -33,7 +34,15 @@ class Data(Section):
     """Where the public set and the private domains come from."""
 
     source: Literal["glyphs"] = "glyphs"
-    domains: tuple[str, ...] = Field(("digits", "greek", "arrows"), min_length=1)
+    private: Literal["built-in", "own"] = Field(
+        "built-in", description="built-in: a domain of the source for each client; own: each client's folder, data-dir"
+    )
+    domains: tuple[Name, ...] = Field(
+        ("digits", "greek", "arrows"), min_length=1, description="of the source; with private = own any names, one a client"
+    )
+    classes: tuple[str, ...] = Field(
+        (), description="names of the classes of the clients' own data, as far as they are not public; known to all"
+    )
     dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
     public_samples: int = Field(0, ge=0, description="size of a random part of the public set to use; 0 is all of it")
     private_samples: int = Field(0, ge=0, description="largest number of training samples of a client; 0 is no limit")
@@ -52,6 +61,8 @@ class Data(Section):
     def _check(self) -> "Data":
         if len(set(self.domains)) < len(self.domains):
             raise ValueError(f"domains names one twice: {list(self.domains)}")
+        if self.classes and self.private == "built-in":
+            raise ValueError("data.classes is for data.private = own; built-in domains have their classes")
         if "{}" not in self.prompt:
             raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
         return self

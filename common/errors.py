@@ -67,6 +67,12 @@ class ModelStructureError(MetaMoEError):
     exit_code = 23
 
 
+class PrivateDataError(MetaMoEError):
+    """A client's own data that cannot be used, or not in this run."""
+
+    exit_code = 24
+
+
 class ProtocolError(MetaMoEError):
     """A message that is not exactly what was declared: name, dtype, shape, finiteness, or protocol version."""
 

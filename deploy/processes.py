@@ -2,7 +2,7 @@
 process of its own for every message.
 
 A SuperLink and what starts its ServerApps lie in ``server/``; each client's SuperNode and what starts its ClientApps in
-``clients/client-N/``. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
+``clients/client-N/``, its own data, if it has some, in ``data/`` there. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
 """
 
 import time
@@ -180,7 +180,10 @@ def _start_client(folder: Path, federation: Federation, running: Running, number
     secret = ["--superexec-auth-secret-file", str(own / "superexec.secret")]
     node = ["flower-supernode", "--isolation", "process", "--superlink", f"localhost:{federation.port}"]
     node += ["--root-certificates", str(own / "ca.crt"), "--auth-supernode-private-key", str(own / "node.key")]
-    node += ["--node-config", f'partition-id={number} state-dir="{own / "state"}"']
+    config = f'partition-id={number} state-dir="{own / "state"}"'
+    if (data := own / "data").is_dir():
+        config += f' data-dir="{data}"'
+    node += ["--node-config", config]
     node += ["--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile", str(own / "runtime.crt"), *runtime, *secret]
     apps = ["flower-superexec", "--runtime-api-address", f"127.0.0.1:{port}"]
     apps += ["--root-certificates", str(own / "runtime.crt"), *secret]

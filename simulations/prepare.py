@@ -1,6 +1,7 @@
 """Before a simulation: everything that can be found missing or empty is found now, not after minutes."""
 
 from common.config import Settings
+from common.errors import InvalidSettingError
 
 
 def prepare(settings: Settings) -> None:
@@ -12,6 +13,8 @@ def prepare(settings: Settings) -> None:
     """
     from common.data.datasets import check_domains, load_domain, load_private, load_public
 
+    if settings.data.private == "own":
+        raise InvalidSettingError("data.private = own is for clients beside their data: metamoe deploy run")
     check_domains(settings.data)
     for split in ("train", "test"):
         load_public(settings.data, split)

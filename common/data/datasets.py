@@ -96,15 +96,19 @@ def check_domains(data: Data) -> None:
     Raises:
         InvalidSettingError: names it and lists those there are.
     """
+    if data.private == "own":
+        return
     if unknown := sorted(set(data.domains) - set(glyphs.DOMAINS)):
         raise InvalidSettingError(f"data.domains has {unknown[0]!r}; {data.source!r} has {', '.join(glyphs.DOMAINS)}")
 
 
 def known_classes(data: Data) -> list[str]:
-    """Every class name of the public set and of the domains, as their source publishes them: what a unified model chooses
-    among.
+    """Every class name of the public set and of the domains, as their source publishes them or the settings name them: what a
+    unified model chooses among.
     """
     public = load_public(data).features["label"].names
+    if data.private == "own":
+        return label_space(public, data.classes)
     return label_space(public, *map(glyphs.class_names, data.domains))
 
 

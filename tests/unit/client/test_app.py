@@ -168,7 +168,7 @@ def test_an_empty_partition_has_its_code(small: Settings, tmp_path: Path, monkey
     def empty(*_: object) -> None:
         raise EmptyPartitionError("nothing here")
 
-    monkeypatch.setattr(answers, "load_private", empty)
+    monkeypatch.setattr(answers, "private_samples", empty)
     assert code_of(ask("profile", small, tmp_path)) == EmptyPartitionError.exit_code
 
 

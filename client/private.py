@@ -1,0 +1,31 @@
+"""Where a client's private samples come from: the built-in domains, or its own folder."""
+
+from datasets import Dataset
+
+from client.folder import read_folder
+from client.site import Site
+from common.config import Settings
+from common.data.datasets import known_classes, load_private
+from common.data.tasks import class_names
+from common.errors import PrivateDataError
+
+
+def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
+    """One split of a client's private data.
+
+    Raises:
+        PrivateDataError: settings and site do not agree on whose data it is; the folder cannot be used; or it has a class whose
+            name was not agreed on.
+        EmptyPartitionError: this client has no data.
+    """
+    if settings.data.private == "built-in":
+        if site.data is not None:
+            raise PrivateDataError(f"the run is for built-in data, but this client has its own in {site.data}")
+        return load_private(settings, site.client, split)
+    if site.data is None:
+        raise PrivateDataError("the run is for the clients' own data, but data-dir is not in this client's node config")
+    data = read_folder(site.data, split)
+    # A name that not all know is not told by training on it either.
+    if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):
+        raise PrivateDataError(f"class {unknown[0]!r} of {site.data} is neither in data.classes nor public; agree on it first")
+    return data

@@ -1,0 +1,63 @@
+"""The commands ``metamoe client``: for those who hold data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import load_settings
+
+client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
+
+_console = Console()
+
+
+@client.callback()
+def _client() -> None:
+    """Keeps ``check`` a command of its own."""
+
+
+@client.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Data folder: train/CLASS NAME/*.png, test/CLASS NAME/*.png.")],
+    preset: Annotated[str, typer.Option(help="Preset or TOML file of the run, which decides what would be sent.")] = "glyphs",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+) -> None:
+    """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. Exit code
+    1 if anything is wrong.
+    """
+    from client.folder import check_folder
+    from common.data.datasets import known_classes
+    from common.model.seed import load_seed
+    from common.wire import MESSAGE_TYPE, reply_artifacts
+
+    settings = load_settings(preset, set_ or [])
+    with _console.status("opening every image"):
+        report = check_folder(folder)
+    counts = Table("class", *report.counts, title="images")
+    for name in report.counts["train"]:
+        counts.add_row(name, *(str(by_class[name]) for by_class in report.counts.values()))
+    _console.print(counts)
+    known = set(known_classes(settings.data))
+    wrong = [f"{file} is not an image that can be read" for file in report.unreadable]
+    wrong += [f"class {name!r} is neither in data.classes nor public" for name in report.counts["train"] if name not in known]
+    wrong += [
+        f"{folder / split} has no images" for split in ("train", "test") if not sum(report.counts.get(split, {}).values())
+    ]
+    seed = load_seed(settings.seed_model)
+    sent = Table("when", "array", "form", "bytes", title="what would be sent, however many images there are")
+    total = 0
+    for kind in MESSAGE_TYPE:
+        for artifact in reply_artifacts(kind, settings, seed):
+            sent.add_row(kind, artifact.name, f"{artifact.dtype} {list(artifact.shape)}", f"{artifact.bytes:,}")
+            total += artifact.bytes
+    sent.add_row("", "in all", "", f"{total:,}")
+    _console.print(sent)
+    for line in wrong:
+        _console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
