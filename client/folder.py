@@ -30,8 +30,8 @@ def check_folder(folder: Path) -> FolderReport:
     """Open every image of a data folder once.
 
     Raises:
-        PrivateDataError: there is no ``train`` with a class in it, ``test`` has a class that it has not, or the folder lies in a
-            Flower app, whose files are packed up and sent.
+        PrivateDataError: there is no ``train`` with a class in it, ``test`` has a class that it has not, or the folder lies in
+            a Flower app, whose files are packed up and sent.
     """
     _check_place(folder)
     names = _class_names(folder)
@@ -75,8 +75,8 @@ def _check_place(folder: Path) -> None:
         project = parent / "pyproject.toml"
         if project.is_file() and _is_flower_app(project):
             raise PrivateDataError(
-                f"{folder} lies in the Flower app {parent}: files there are packed into the app bundle and sent to every party; "
-                "keep private data outside of it"
+                f"{folder} lies in the Flower app {parent}: files there are packed into the app bundle and sent to every "
+                "party; keep private data outside of it"
             )
 
 

@@ -2,7 +2,8 @@
 process of its own for every message.
 
 A SuperLink and what starts its ServerApps lie in ``server/``; each client's SuperNode and what starts its ClientApps in
-``clients/client-N/``, its own data, if it has some, in ``data/`` there. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
+``clients/client-N/``. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
+A client that has data of its own has it in ``data/`` there.
 """
 
 import time

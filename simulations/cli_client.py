@@ -27,8 +27,8 @@ def check(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
     ] = None,
 ) -> None:
-    """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. Exit code
-    1 if anything is wrong.
+    """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
+    exit code is 1 if anything is wrong.
     """
     from client.folder import check_folder
     from common.data.datasets import known_classes
