@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.config import load_settings
 
@@ -49,7 +49,9 @@ def check(
         f"{folder / split} has no images" for split in ("train", "test") if not sum(report.counts.get(split, {}).values())
     ]
     seed = load_seed(settings.seed_model)
-    sent = Table("when", "array", "form", "bytes", title="what would be sent, however many images there are")
+    sent = Table(
+        "when", Column("array", overflow="fold"), "form", "bytes", title="what would be sent, however many images there are"
+    )
     total = 0
     for kind in MESSAGE_TYPE:
         for artifact in reply_artifacts(kind, settings, seed):
