@@ -11,7 +11,6 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 from common.errors import PrivateDataError
 
@@ -116,6 +115,6 @@ def _readable(file: Path) -> bool:
     try:
         with PILImage.open(file) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, PILImage.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
         return False
     return True
