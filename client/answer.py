@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from filelock import FileLock
 
 from client.deliver import store_and_evaluate
 from client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
+from client.policy import policy_of
 from client.private import private_samples
 from client.profile import profile
 from client.site import Site
+from common.audit.policy import check_private_samples
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import known_classes, label_space, load_public, public_fingerprint
@@ -58,7 +61,7 @@ def _check_common_ground(request: Request, seed: Seed) -> None:
 
 
 def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray]:
-    private, public = private_samples(settings, site, "train"), load_public(settings.data)
+    private, public = _training_samples(settings, site), load_public(settings.data)
     arrays = {"client": np.array(site.client)} | profile(seed, settings, site.client, private, public)
     return {artifact.name: arrays[artifact.name] for artifact in reply_artifacts("profile", settings, seed)}
 
@@ -69,7 +72,7 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     public = load_public(settings.data)
     if ids.min() < 0 or ids.max() >= len(public):
         raise ProtocolError(f"proxies has rows {ids.min()} to {ids.max()}, but the public set has {len(public)}")
-    private = private_samples(settings, site, "train")
+    private = _training_samples(settings, site)
     samples = expert_samples(settings, private, public.select(ids))
     space = label_space(class_names(private), class_names(public))
     progress = partial(events, "expert", client=name)
@@ -89,6 +92,12 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     if "routing-vectors" in {artifact.name for artifact in reply_artifacts("expert", settings, seed)}:
         arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, samples)
     return arrays
+
+
+def _training_samples(settings: Settings, site: Site) -> Dataset:
+    private = private_samples(settings, site, "train")
+    check_private_samples(policy_of(site), len(private))
+    return private
 
 
 def _deliver(

@@ -1,36 +1,193 @@
-"""The edge of a client: what is not declared in ``common/wire.py`` does not leave, and no exception's text does."""
+"""The edge of a client: what its policy does not allow does not leave, what leaves is in its ledger first, and no exception's
+text goes with it.
+"""
 
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
-from client.site import site_of
-from common.errors import MetaMoEError
+from client.policy import policy_of
+from client.site import Site, site_of
+from common.audit.code import code_hash
+from common.audit.entries import (
+    Entry,
+    Intent,
+    Open,
+    Receipt,
+    Refusal,
+    array_entries,
+    receipt_statement,
+    settings_hash,
+)
+from common.audit.keys import signed_by
+from common.audit.ledger import Ledger
+from common.audit.policy import DEFAULT, Policy, check_arrays, check_request, policy_hash, policy_text
+from common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
+from common.files import write_atomically
 from common.model.seed import load_seed
-from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind, decode_reply, decode_request, reply_artifacts
+from common.wire import (
+    AUDIT_ARTIFACTS,
+    CLIENT_ERROR_CODE,
+    MESSAGE_TYPE,
+    Kind,
+    RecordDict,
+    Request,
+    decode_reply,
+    decode_terms,
+    encode_reply,
+    reply_artifacts,
+)
 
 
 def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower mod: pass a reply on only if it is exactly what was declared; turn every failure into a bare code.
+    """Flower mod: a reply passes :func:`audited` and is made anew, so that nothing else can travel with it; every failure
+    becomes a bare code. Either leaves at a multiple of the policy's time step after the request came.
+    """
+    site = site_of(context.node_config, context.run_config)
+    with padded(site):
+        try:
+            kind = kind_of(message.metadata.message_type)
+            reply = audited(kind, message.content, site, lambda _: call_next(message, context).content)
+            return Message(reply, reply_to=message)
+        except Exception as error:
+            return Message(Error(CLIENT_ERROR_CODE + _code(error), ""), reply_to=message)
 
-    The reason stays here, in the client's log: an exception's text may quote private data.
+
+def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[RecordDict], RecordDict]) -> RecordDict:
+    """A client's reply to a request, as its policy allows it and its ledger has it.
+
+    Args:
+        kind: what is asked.
+        content: the request.
+        site: where this client runs.
+        respond: computes the reply.
+
+    Raises:
+        PolicyError: the policy does not allow this; where that can be known before, nothing has been computed.
+        LedgerError: it could not be written down.
+        MetaMoEError: whatever else went wrong. The reason is written to the client's own log, and the code to its ledger.
     """
     try:
-        reply = call_next(message, context)
-        kind = kind_of(message.metadata.message_type)
-        settings = decode_request(kind, message.content).settings
-        decode_reply(reply.content, reply_artifacts(kind, settings, load_seed(settings.seed_model)))
-        return reply
+        terms = decode_terms(content)
+        policy = policy_of(site)
+        ledger = Ledger(site.audit)
+        _open(ledger, site, policy, terms)
+    except Exception:
+        _log(site, kind)
+        raise
+    try:
+        arrays = _checked(kind, terms, policy, ledger, lambda: respond(content))
+        if kind == "profile" and arrays["client"] != site.client:
+            raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
+        extra = _for_the_audit(kind, terms, ledger)
+        run, message = terms.envelope.run, terms.envelope.message
+        ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra)))
+        return encode_reply(arrays, extra)
     except Exception as error:
-        site = site_of(context.node_config, context.run_config)
-        site.state.mkdir(parents=True, exist_ok=True)
-        with site.log.open("a") as log:
-            log.write(f"could not answer {message.metadata.message_type}\n{traceback.format_exc()}\n")
-        code = error.exit_code if isinstance(error, MetaMoEError) else MetaMoEError.exit_code
-        return Message(Error(CLIENT_ERROR_CODE + code, ""), reply_to=message)
+        _log(site, kind)
+        if not isinstance(error, LedgerError):
+            envelope = terms.envelope
+            ledger.append(Refusal(run=envelope.run, message=envelope.message, stage=kind, code=_code(error)))
+        raise
 
 
 def kind_of(message_type: str) -> Kind:
-    """Which of our questions a Flower message type is."""
-    return next(kind for kind, name in MESSAGE_TYPE.items() if name == message_type)
+    """Which of our questions a Flower message type is.
+
+    Raises:
+        ProtocolError: none.
+    """
+    kinds: list[Kind] = [kind for kind, name in MESSAGE_TYPE.items() if name == message_type]
+    if not kinds:
+        raise ProtocolError(f"message type {message_type!r} is none of {', '.join(MESSAGE_TYPE.values())}")
+    return kinds[0]
+
+
+def _checked(
+    kind: Kind, terms: Request, policy: Policy, ledger: Ledger, compute: Callable[[], RecordDict]
+) -> dict[str, np.ndarray]:
+    """The arrays of the reply, computed only if they may be asked for, and returned only if they may leave."""
+    settings, run = terms.settings, terms.envelope.run
+    artifacts = reply_artifacts(kind, settings, load_seed(settings.seed_model))
+    names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
+    entries = ledger.run(run)
+    check_request(policy, settings, names, entries)
+    arrays = decode_reply(compute(), artifacts)
+    check_arrays(policy, arrays, [array for entry in entries if isinstance(entry, Intent) for array in entry.arrays])
+    return arrays
+
+
+def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.ndarray]:
+    """What is added for whoever checks the ledger; with the last reply that is the seal of the run."""
+    if kind == "profile":
+        return {"audit-key": _octets(ledger.public)}
+    if kind == "deliver":
+        seal = ledger.seal(terms.envelope.run)
+        return {"ledger-root": _octets(seal.root), "ledger-signature": _octets(seal.signature)}
+    return {}
+
+
+def _open(ledger: Ledger, site: Site, policy: Policy, terms: Request) -> None:
+    """Begin the run in the ledger, keep the policy it runs under, and write down what the server has signed for."""
+    envelope, digest = terms.envelope, policy_hash(policy)
+    stored = site.audit / f"policy-{digest}.toml"
+    if not stored.exists():
+        write_atomically(stored, policy_text(policy))
+    ledger.open(
+        Open(
+            run=envelope.run,
+            role="client",
+            key=ledger.public,
+            server=envelope.key,
+            settings=settings_hash(terms.settings),
+            seed_model=terms.seed,
+            public_set=terms.public,
+            code=code_hash(),
+            policy=digest,
+        )
+    )
+    known = ledger.run(envelope.run)
+    if new := [receipt for receipt in envelope.receipts if receipt not in known]:
+        _check_receipts(envelope.run, known, new)
+        ledger.append(*new)
+
+
+def _check_receipts(run: str, known: list[Entry], receipts: list[Receipt]) -> None:
+    server = next(entry.server for entry in known if isinstance(entry, Open))
+    for receipt in receipts:
+        statement = receipt_statement(receipt.run, receipt.message, receipt.arrays)
+        if receipt.run != run or not signed_by(server, receipt.signature, statement):
+            raise ProtocolError(f"the receipt for message {receipt.message} is not signed by the server of this run")
+
+
+@contextmanager
+def padded(site: Site) -> Iterator[None]:
+    """Let the block end only at a multiple of the policy's time step after it began."""
+    begin = time.monotonic()
+    yield
+    try:
+        step = policy_of(site).limits.reply_time_step
+    except MetaMoEError:
+        step = DEFAULT.limits.reply_time_step
+    if step:
+        time.sleep(-(time.monotonic() - begin) % step)
+
+
+def _octets(text: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(text), np.uint8)
+
+
+def _code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, MetaMoEError) else MetaMoEError.exit_code
+
+
+def _log(site: Site, kind: Kind) -> None:
+    """The reason stays here, in the client's log: an exception's text may quote private data."""
+    site.state.mkdir(parents=True, exist_ok=True)
+    with site.log.open("a") as log:
+        log.write(f"could not answer {MESSAGE_TYPE[kind]}\n{traceback.format_exc()}\n")

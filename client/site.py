@@ -7,22 +7,38 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Site:
-    """What a client knows about itself."""
+    """What a client knows about itself.
+
+    Attributes:
+        client: its number in the federation.
+        state: its own folder; in a simulation that of all clients.
+        data: the folder of its own data; None where data is built in.
+        policy: the file in which its owner says what may leave; None for the policy that comes with the product.
+        simulation: whether this is one of many clients of one researcher, with nobody's data to protect.
+    """
 
     client: int
     state: Path
     data: Path | None = None
+    policy: Path | None = None
+    simulation: bool = True
 
     @property
     def log(self) -> Path:
         """What went wrong here; it never leaves."""
         return self.state / f"client-{self.client}.log"
 
+    @property
+    def audit(self) -> Path:
+        """The ledger of what left, and the key that signs it."""
+        return self.state / "audit" / f"client-{self.client}"
+
 
 def site_of(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Site:
-    """The site as node config says it (``partition-id``, ``state-dir``, and ``data-dir`` for data of its own); in a simulation
-    the folder lies in the run's.
+    """The site as node config says it (``partition-id``, ``state-dir``, ``data-dir`` for data of its own, ``policy`` for the
+    owner's policy); in a simulation, which has no ``state-dir``, the folder lies in the run's.
     """
-    state = node_config.get("state-dir") or Path(str(run_config["out"])) / "clients"
-    data = node_config.get("data-dir")
-    return Site(int(str(node_config["partition-id"])), Path(str(state)), Path(str(data)) if data else None)
+    given = {key: Path(str(node_config[key])) for key in ("state-dir", "data-dir", "policy") if node_config.get(key)}
+    simulation = "state-dir" not in given
+    state = given.get("state-dir") or Path(str(run_config["out"])) / "clients"
+    return Site(int(str(node_config["partition-id"])), state, given.get("data-dir"), given.get("policy"), simulation)

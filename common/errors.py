@@ -91,6 +91,18 @@ class RunFailedError(MetaMoEError):
     exit_code = 50
 
 
+class PolicyError(MetaMoEError):
+    """A client's policy does not allow what a run asks for, or what was about to be sent."""
+
+    exit_code = 60
+
+
+class LedgerError(MetaMoEError):
+    """A client cannot write down what it is about to send, so it sends nothing."""
+
+    exit_code = 62
+
+
 def by_code(code: int) -> type[MetaMoEError]:
     """The error type of an exit code; the base type if there is none."""
     types = [MetaMoEError]

@@ -6,27 +6,36 @@ dtype and shape, and nothing else: no text, no metric, no example count.
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.audit.entries import FIRST, Digest, Identifier, Receipt
 from common.config import Settings, validated
-from common.errors import ProtocolError
+from common.errors import ProtocolError, first_problem
 from common.model.lora import expert_shapes
 from common.model.routing import all_evidence_paths, evidence_paths
 from common.model.seed import Seed, load_seed
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
 ARRAYS = "arrays"
+AUDIT = "audit"
 REQUEST = "request"
 CLIENT_ERROR_CODE = 1_000
 """Added to an error's exit code when a client reports it: Flower's own codes are below it."""
+MANTISSA_BITS = 10
+"""Of every float32 that a client sends. The others, of its 23, are zero: a statistic of samples has nothing to say there, and
+what has nothing to say could say something else.
+"""
+_LOW_BITS = np.uint32((1 << (23 - MANTISSA_BITS)) - 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,25 @@ class Artifact:
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
+AUDIT_ARTIFACTS: dict[Kind, list[Artifact]] = {
+    "profile": [Artifact("audit-key", "uint8", (32,))],
+    "expert": [],
+    "deliver": [Artifact("ledger-root", "uint8", (32,)), Artifact("ledger-signature", "uint8", (64,))],
+}
+"""What a client that keeps a ledger adds to its replies, in a record of its own: its public key, and the signed Merkle root."""
+
+
+class Envelope(BaseModel):
+    """What a request says for the ledgers: which message of which run it is, who asks, and what has arrived so far."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run: Identifier = "0" * 32
+    message: Identifier = "0" * 32
+    key: Digest = FIRST
+    receipts: Annotated[list[Receipt], Field(max_length=len(MESSAGE_TYPE))] = []
+
+
 @dataclass(frozen=True)
 class Request:
     """What the server sends: the settings, the hashes of what both sides must hold alike, and arrays."""
@@ -50,6 +78,7 @@ class Request:
     seed: str
     public: str
     arrays: Mapping[str, np.ndarray]
+    envelope: Envelope = field(default_factory=Envelope)
 
 
 def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
@@ -114,9 +143,43 @@ def encode_request(request: Request) -> RecordDict:
             "settings": request.settings.model_dump_json(by_alias=True),
             "seed": request.seed,
             "public": request.public,
+            "envelope": request.envelope.model_dump_json(),
         }
     )
     return RecordDict({REQUEST: config, ARRAYS: _encode(request.arrays)})
+
+
+def addressed(content: RecordDict, envelope: Envelope) -> RecordDict:
+    """The same request in another envelope; the arrays are shared, not copied."""
+    config = ConfigRecord({**content.config_records[REQUEST], "envelope": envelope.model_dump_json()})
+    return RecordDict({REQUEST: config, ARRAYS: content.array_records[ARRAYS]})
+
+
+def decode_terms(content: RecordDict) -> Request:
+    """A request without its arrays, which are not looked at.
+
+    Raises:
+        ProtocolError: it is not one, or one of another protocol version.
+        MetaMoEError: its settings are wrong.
+    """
+    config = content.config_records.get(REQUEST)
+    if config is None or set(config) != {"protocol", "settings", "seed", "public", "envelope"}:
+        raise ProtocolError(f"a request needs protocol, settings, seed, public and envelope; got {sorted(config or {})}")
+    if config["protocol"] != PROTOCOL:
+        raise ProtocolError(
+            f"the server speaks protocol {config['protocol']!r}, this client {PROTOCOL}; install the same version"
+        )
+    try:
+        values = json.loads(str(config["settings"]))
+        envelope = Envelope.model_validate_json(str(config["envelope"]))
+    except json.JSONDecodeError as error:
+        raise ProtocolError(f"the request's settings are not JSON: {error}") from error
+    except ValidationError as error:
+        raise ProtocolError(f"the request's envelope: {first_problem(error)}") from error
+    hashes = str(config["seed"]), str(config["public"])
+    if not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes):
+        raise ProtocolError(f"seed and public of a request are SHA-256 hashes; got {hashes}")
+    return Request(validated(values), *hashes, {}, envelope)
 
 
 def decode_request(kind: Kind, content: RecordDict) -> Request:
@@ -125,46 +188,50 @@ def decode_request(kind: Kind, content: RecordDict) -> Request:
     Raises:
         ProtocolError: it is not one of this kind, or one of another protocol version.
     """
-    config = content.config_records.get(REQUEST)
-    if config is None or set(config) != {"protocol", "settings", "seed", "public"}:
-        raise ProtocolError(f"a request needs protocol, settings, seed and public; got {sorted(config or {})}")
-    if config["protocol"] != PROTOCOL:
-        raise ProtocolError(
-            f"the server speaks protocol {config['protocol']!r}, this client {PROTOCOL}; install the same version"
-        )
-    try:
-        values = json.loads(str(config["settings"]))
-    except json.JSONDecodeError as error:
-        raise ProtocolError(f"the request's settings are not JSON: {error}") from error
-    settings = validated(values)
-    arrays = decode_arrays(content, request_artifacts(kind, settings, load_seed(settings.seed_model)))
-    return Request(settings, str(config["seed"]), str(config["public"]), arrays)
+    terms = decode_terms(content)
+    arrays = decode_arrays(content, request_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model)))
+    return replace(terms, arrays=arrays)
 
 
-def encode_reply(arrays: Mapping[str, np.ndarray]) -> RecordDict:
-    """A reply as Flower records."""
-    return RecordDict({ARRAYS: _encode(arrays)} if arrays else {})
+def encode_reply(arrays: Mapping[str, np.ndarray], audit: Mapping[str, np.ndarray] | None = None) -> RecordDict:
+    """A reply as Flower records, its float32 numbers rounded to :data:`MANTISSA_BITS`."""
+    coarse = {name: _rounded(np.asarray(array)) for name, array in arrays.items()}
+    records = ({ARRAYS: _encode(coarse)} if arrays else {}) | ({AUDIT: _encode(audit)} if audit else {})
+    return RecordDict(dict(records))
 
 
-def decode_reply(content: RecordDict, artifacts: list[Artifact]) -> dict[str, np.ndarray]:
-    """The arrays of a reply that holds exactly the given artifacts.
+def decode_reply(content: RecordDict, artifacts: Sequence[Artifact]) -> dict[str, np.ndarray]:
+    """The arrays of a reply that holds exactly the given artifacts, and perhaps a record for the audit.
 
     Raises:
-        ProtocolError: anything else is in it, or anything is missing or of another form.
+        ProtocolError: anything else is in it, or anything is missing, of another form, or finer than declared.
     """
-    allowed = {ARRAYS} if artifacts else set()
+    allowed = {ARRAYS, AUDIT} if artifacts else {AUDIT}
     if extra := set(content) - allowed:
         raise ProtocolError(f"undeclared record {sorted(extra)[0]!r}")
-    return decode_arrays(content, artifacts)
+    arrays = decode_arrays(content, artifacts)
+    for name, array in arrays.items():
+        if array.dtype == np.float32 and np.any(array.view(np.uint32) & _LOW_BITS):
+            raise ProtocolError(f"array {name!r} is finer than the declared {MANTISSA_BITS} bits of mantissa")
+    return arrays
 
 
-def decode_arrays(content: RecordDict, artifacts: list[Artifact]) -> dict[str, np.ndarray]:
+def decode_audit(kind: Kind, content: RecordDict) -> dict[str, np.ndarray]:
+    """What a reply holds for the audit; nothing, if its client keeps no ledger.
+
+    Raises:
+        ProtocolError: it is not what is declared.
+    """
+    return decode_arrays(content, AUDIT_ARTIFACTS[kind], AUDIT) if AUDIT in content else {}
+
+
+def decode_arrays(content: RecordDict, artifacts: Sequence[Artifact], record: str = ARRAYS) -> dict[str, np.ndarray]:
     """The declared arrays of a message, each checked by its header before anything is allocated.
 
     Raises:
         ProtocolError: names the array and what is wrong with it.
     """
-    arrays = content.array_records.get(ARRAYS, ArrayRecord())
+    arrays = content.array_records.get(record, ArrayRecord())
     if extra := set(arrays) - {artifact.name for artifact in artifacts}:
         raise ProtocolError(f"undeclared array {sorted(extra)[0]!r}")
     decoded = {}
@@ -173,6 +240,15 @@ def decode_arrays(content: RecordDict, artifacts: list[Artifact]) -> dict[str, n
             raise ProtocolError(f"array {artifact.name!r} is missing")
         decoded[artifact.name] = _decode(arrays[artifact.name], artifact)
     return decoded
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """float32 to the nearest number with few enough bits, ties to even; anything else as it is."""
+    if array.dtype != np.float32:
+        return array
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    half = (_LOW_BITS >> 1) + ((bits >> (23 - MANTISSA_BITS)) & 1)
+    return ((bits + half) & ~_LOW_BITS).view(np.float32).reshape(array.shape)
 
 
 def _encode(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:

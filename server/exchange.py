@@ -1,17 +1,40 @@
 """Asking the clients: requests out, replies checked, named and counted as they come in."""
 
 import hashlib
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from common.audit.code import code_hash
+from common.audit.entries import (
+    Arrival,
+    Failure,
+    Open,
+    Receipt,
+    array_entries,
+    digest_of,
+    receipt_statement,
+    settings_hash,
+)
+from common.audit.ledger import Ledger
 from common.config import Settings
 from common.errors import MetaMoEError, ProtocolError, RunFailedError
 from common.events import EventLog
 from common.model.seed import Seed
-from common.wire import Kind, RecordDict, Request, decode_reply, encode_request, reply_artifacts
+from common.wire import (
+    Envelope,
+    Kind,
+    RecordDict,
+    Request,
+    addressed,
+    decode_audit,
+    decode_reply,
+    encode_request,
+    reply_artifacts,
+)
 
 Ask = Callable[[Kind, Mapping[int, RecordDict]], Iterable[tuple[int, RecordDict | MetaMoEError]]]
 """Sends each node its request and yields (node, reply) as replies come; a node that failed gives an error instead."""
@@ -32,10 +55,39 @@ class Exchange:
     first.
     """
 
-    def __init__(self, settings: Settings, seed: Seed, public: str, nodes: Sequence[int], ask: Ask, events: EventLog) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        seed: Seed,
+        public: str,
+        nodes: Sequence[int],
+        ask: Ask,
+        events: EventLog,
+        ledger: Ledger,
+    ) -> None:
         self.transfers = [Transfer(name) for name in settings.client_names]
         self._settings, self._seed, self._public, self._ask, self._events = settings, seed, public, ask, events
         self._nodes = list(nodes)
+        self._ledger, self._run = ledger, secrets.token_hex(16)
+        self._receipts: dict[int, list[Receipt]] = {node: [] for node in nodes}
+        self._keys: dict[int, str] = {}
+        ledger.open(
+            Open(
+                run=self._run,
+                role="server",
+                key=ledger.public,
+                server=ledger.public,
+                settings=settings_hash(settings),
+                seed_model=seed.fingerprint,
+                public_set=public,
+                code=code_hash(),
+                policy=None,
+            )
+        )
+
+    def close(self) -> None:
+        """The run is over: the server's ledger is sealed."""
+        self._ledger.seal(self._run)
 
     def request(self, arrays: Mapping[str, np.ndarray]) -> RecordDict:
         """A request that carries these arrays."""
@@ -80,20 +132,54 @@ class Exchange:
 
     def _replies(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         declared = reply_artifacts(kind, self._settings, self._seed)
+        messages = {node: secrets.token_hex(16) for node in requests}
         waiting = set(requests)
-        for node, content in self._ask(kind, requests):
+        for node, content in self._ask(kind, {node: self._addressed(c, node, messages[node]) for node, c in requests.items()}):
             waiting.remove(node)
-            if isinstance(content, MetaMoEError):
-                raise type(content)(f"{self._name(kind, node)} could not answer {kind!r}: {content}")
             try:
-                yield node, decode_reply(content, declared)
-            except ProtocolError as error:
-                raise ProtocolError(f"{self._name(kind, node)}, reply to {kind!r}: {error}") from error
+                if isinstance(content, MetaMoEError):
+                    raise type(content)(f"{self._name(kind, node)} could not answer {kind!r}: {content}")
+                try:
+                    arrays, extra = decode_reply(content, declared), decode_audit(kind, content)
+                except ProtocolError as error:
+                    raise ProtocolError(f"{self._name(kind, node)}, reply to {kind!r}: {error}") from error
+            except MetaMoEError as error:
+                self._ledger.append(Failure(run=self._run, message=messages[node], stage=kind, code=error.exit_code))
+                raise
+            self._arrived(kind, node, messages[node], arrays, extra)
+            yield node, arrays
         if waiting:
             missing = ", ".join(sorted(self._name(kind, node) for node in waiting))
             raise RunFailedError(
                 f"no answer to {kind!r} within compute.timeout = {self._settings.compute.timeout:.0f} s from {missing}"
             )
+
+    def _addressed(self, content: RecordDict, node: int, message: str) -> RecordDict:
+        envelope = Envelope(run=self._run, message=message, key=self._ledger.public, receipts=self._receipts[node])
+        return addressed(content, envelope)
+
+    def _arrived(
+        self, kind: Kind, node: int, message: str, arrays: Mapping[str, np.ndarray], extra: Mapping[str, np.ndarray]
+    ) -> None:
+        """Write down what arrived, and sign for it."""
+        if "audit-key" in extra:
+            self._keys[node] = extra["audit-key"].tobytes().hex()
+        client = int(arrays["client"]) if kind == "profile" else self._nodes.index(node)
+        entries = array_entries({**arrays, **extra})
+        digest = digest_of(entries)
+        signature = self._ledger.sign(receipt_statement(self._run, message, digest))
+        self._receipts[node].append(Receipt(run=self._run, message=message, arrays=digest, signature=signature))
+        self._ledger.append(
+            Arrival(
+                run=self._run,
+                message=message,
+                stage=kind,
+                client=max(client, 0),
+                key=self._keys.get(node),
+                arrays=entries,
+                signature=signature,
+            )
+        )
 
     def _name(self, kind: Kind, node: int) -> str:
         return f"node {node}" if kind == "profile" else f"client {self.transfers[self._nodes.index(node)].name}"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from common.audit.ledger import Ledger
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
@@ -43,7 +44,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         with _timed(timings, "prepare"):
             seed, public = load_seed(settings.seed_model), load_public(settings.data)
             public_hash = public_fingerprint(settings.data)
-            exchange = Exchange(settings, seed, public_hash, nodes, ask, events)
+            exchange = Exchange(settings, seed, public_hash, nodes, ask, events, Ledger(out / "server" / "audit"))
 
         # 1. Every client sends means of what the frozen seed makes of its private samples.
         with _timed(timings, "profile"):
@@ -90,6 +91,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
             arrays = {f"router.{name}": array for name, array in router_arrays(weights.routers).items()}
             delivery = exchange.request(arrays | matrices)
             reported = {names[k]: reply for k, reply in exchange.ask("deliver", [delivery] * len(names))}
+            exchange.close()
 
     summary = {
         "model": manifest.model_hash,

@@ -1,9 +1,11 @@
 """The same run in this one process, without Flower's processes and without Ray: for tests and debugging."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from client.app import respond
+from client.egress import audited
 from client.site import Site
 from common.config import Settings
 from common.errors import MetaMoEError
@@ -16,8 +18,9 @@ def run_local(settings: Settings, out: Path) -> None:
 
     def ask(kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
         for client, content in requests.items():
+            site = Site(client, out / "clients")
             try:
-                yield client, respond(kind, content, Site(client, out / "clients"))
+                yield client, audited(kind, content, site, partial(respond, kind, site=site))
             except MetaMoEError as error:
                 yield client, error
 

@@ -56,6 +56,10 @@ def settings() -> Settings:
 
 @pytest.fixture
 def small(seed_folder: Path) -> Settings:
+    return small_run(seed_folder)
+
+
+def small_run(seed_folder: Path) -> Settings:
     """A whole run in seconds: the tiny seed, experts on the upper of its two layers, and small parts of the built-in data."""
     return validated(
         {

@@ -90,7 +90,7 @@ def test_settings_and_site_agree_on_whose_data_it_is(small: Settings, folder: Pa
     with pytest.raises(InvalidSettingError, match="metamoe deploy run"):
         prepare(changed(small, OWN))
     site = site_of({"partition-id": 1, "state-dir": "/state", "data-dir": "/data"}, {})
-    assert site == Site(1, Path("/state"), Path("/data"))
+    assert site == Site(1, Path("/state"), Path("/data"), simulation=False)
 
 
 def test_a_class_name_that_was_not_agreed_on_stays(small: Settings, folder: Path, tmp_path: Path) -> None:

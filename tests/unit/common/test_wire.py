@@ -132,9 +132,9 @@ def test_only_the_declared_form_passes(array: np.ndarray) -> None:
 
 def test_request_survives_the_wire(small: Settings) -> None:
     ids = np.arange(small.proxies.count)
-    request = decode_request("expert", encode_request(Request(small, "a", "b", {"proxies": ids})))
+    request = decode_request("expert", encode_request(Request(small, "a" * 64, "b" * 64, {"proxies": ids})))
     assert request.settings == small
-    assert (request.seed, request.public) == ("a", "b")
+    assert (request.seed, request.public) == ("a" * 64, "b" * 64)
     np.testing.assert_array_equal(request.arrays["proxies"], ids)
 
 
@@ -149,7 +149,7 @@ def test_request_survives_the_wire(small: Settings) -> None:
     ],
 )
 def test_a_request_of_another_kind_is_refused(small: Settings, change: dict, reason: str) -> None:
-    content = encode_request(Request(small, "a", "b", {}))
+    content = encode_request(Request(small, "a" * 64, "b" * 64, {}))
     content[REQUEST] = ConfigRecord({**content.config_records[REQUEST], **change})
     with pytest.raises(MetaMoEError, match=reason):
         decode_request("profile", content)

@@ -1,0 +1,11 @@
+"""Which policy a client runs under."""
+
+from client.site import Site
+from common.audit.policy import DEFAULT, SIMULATION, Policy, load_policy
+
+
+def policy_of(site: Site) -> Policy:
+    """The policy of a client's owner, or the one that comes with the product."""
+    if site.policy is not None:
+        return load_policy(site.policy)
+    return SIMULATION if site.simulation else DEFAULT

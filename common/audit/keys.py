@@ -1,0 +1,68 @@
+"""Audit keys: Ed25519, one for each party, made where it is used."""
+
+import os
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from common.errors import InputFileError
+
+_SECRET, _PUBLIC = "audit.key", "audit.pub"
+
+
+def audit_key(folder: Path) -> Ed25519PrivateKey:
+    """The key in ``audit.key``; where there is none it is made, readable by its owner alone, with ``audit.pub`` beside it.
+
+    Raises:
+        InputFileError: the file holds something else.
+    """
+    file = folder / _SECRET
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        # The mode is set when the file is made: nobody can have read it before.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        try:
+            return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(file.read_text().strip()))
+        except (OSError, ValueError) as error:
+            raise InputFileError(f"{file} is not an audit key of 64 hexadecimal digits: {error}") from error
+    key = Ed25519PrivateKey.generate()
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex() + "\n")
+    (folder / _PUBLIC).write_text(public_hex(key) + "\n")
+    return key
+
+
+def public_hex(key: Ed25519PrivateKey) -> str:
+    """The public half as 64 hexadecimal digits."""
+    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+
+def read_public(file: Path) -> str:
+    """The public key in a file, as 64 hexadecimal digits.
+
+    Raises:
+        InputFileError: it holds something else.
+    """
+    try:
+        text = file.read_text().strip()
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{file} is not a public audit key of 64 hexadecimal digits: {error}") from error
+    return text
+
+
+def public_file(folder: Path) -> Path:
+    """Where the public half lies."""
+    return folder / _PUBLIC
+
+
+def signed_by(public: str, signature: str, content: bytes) -> bool:
+    """Whether ``signature`` (hexadecimal) over ``content`` was made by the holder of ``public`` (hexadecimal)."""
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature), content)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

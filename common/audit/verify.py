@@ -1,0 +1,306 @@
+"""Checking ledgers, offline and from public keys: is one unbroken, does it keep to its policy, do two agree."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from common.audit.entries import (
+    FIRST,
+    ArrayEntry,
+    Arrival,
+    Entry,
+    Failure,
+    Head,
+    Intent,
+    Line,
+    Open,
+    Receipt,
+    Seal,
+    canonical,
+    digest_of,
+    head_statement,
+    receipt_statement,
+    seal_statement,
+)
+from common.audit.keys import public_file, read_public, signed_by
+from common.audit.ledger import HEAD, LEDGER
+from common.audit.merkle import merkle_root
+from common.audit.policy import Policy, kind_of_array, load_policy, policy_hash
+from common.errors import InputFileError, PolicyError, first_problem
+
+_Kind = TypeVar("_Kind", bound=Entry)
+
+
+class Verdict(IntEnum):
+    """What a check comes to; the exit codes of ``metamoe audit``. Two is for wrong usage."""
+
+    FINE = 0
+    VIOLATION = 1
+    TAMPERED = 3
+    DISAGREE = 4
+    INCOMPLETE = 5
+    OVER_BUDGET = 6
+
+
+_WORST_FIRST = (Verdict.TAMPERED, Verdict.DISAGREE, Verdict.VIOLATION, Verdict.OVER_BUDGET, Verdict.INCOMPLETE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: how bad, where, and what."""
+
+    verdict: Verdict
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A ledger that was read: its lines as far as they are lines, and what is wrong with them."""
+
+    name: str
+    key: str
+    lines: list[tuple[Line, bytes]] = field(default_factory=list)
+    policies: dict[str, Policy] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [line.entry for line, _ in self.lines]
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs it has lines of, in their order."""
+        return list(dict.fromkeys(entry.run for entry in self.entries))
+
+    def of(self, kind: type[_Kind], run: str | None = None) -> list[_Kind]:
+        """The entries of one type, of one run or of all."""
+        return [entry for entry in self.entries if isinstance(entry, kind) and run in (None, entry.run)]
+
+
+def worst(findings: Iterable[Finding]) -> Verdict:
+    """The gravest verdict: tampering before disagreement, violation, budget, and what is only not finished."""
+    found = {finding.verdict for finding in findings}
+    return next((verdict for verdict in _WORST_FIRST if verdict in found), Verdict.FINE)
+
+
+def check_ledger(folder: Path, key: str | None = None, server: str | None = None) -> Checked:
+    """Read a ledger and check every hash, signature, Merkle root and receipt in it, and each message against its policy.
+
+    Args:
+        folder: with ``ledger.jsonl``, ``head.json`` and the policies that it names.
+        key: public key of its keeper, hexadecimal, as you had it from them; None for ``audit.pub`` in the folder.
+        server: public key of the server's ledger; None for the one that the ledger names.
+
+    Raises:
+        InputFileError: there is no ledger, or no key.
+    """
+    name = folder.name if folder.name != "audit" else folder.parent.name
+    checked = Checked(name, key or read_public(public_file(folder)))
+    try:
+        content = (folder / LEDGER).read_bytes()
+    except OSError as error:
+        raise InputFileError(f"{folder / LEDGER} cannot be read: {error}") from error
+    checked.findings.extend(_read_lines(checked, content))
+    checked.findings.extend(_check_head(checked, folder / HEAD))
+    checked.findings.extend(_read_policies(checked, folder))
+    for run in checked.runs:
+        checked.findings.extend(_check_run(checked, run, server))
+    return checked
+
+
+def reconcile(client: Checked, server: Checked) -> list[Finding]:
+    """Compare what a client's ledger says it sent with what the server's ledger says arrived from it, message by message and
+    array by array, for the runs that both know.
+    """
+    findings = []
+    runs = [run for run in client.runs if run in server.runs]
+    if not runs:
+        return [Finding(Verdict.DISAGREE, f"{client.name} and {server.name}", "have no run in common")]
+    for run in runs:
+        finished = bool(server.of(Seal, run))
+        sent = {intent.message: intent for intent in client.of(Intent, run)}
+        arrived = {arrival.message: arrival for arrival in server.of(Arrival, run) if arrival.key == client.key}
+        failed = {failure.message for failure in server.of(Failure, run)}
+        for message, arrival in arrived.items():
+            where = f"{client.name}, run {run[:8]}, {arrival.stage} message {message[:8]}"
+            if message not in sent:
+                findings.append(Finding(Verdict.DISAGREE, where, "arrived at the server, but is not in the client's ledger"))
+            else:
+                findings += [
+                    Finding(Verdict.DISAGREE, where, what) for what in _differences(sent[message].arrays, arrival.arrays)
+                ]
+        for message, intent in sent.items():
+            if message in arrived:
+                continue
+            where = f"{client.name}, run {run[:8]}, {intent.stage} message {message[:8]}"
+            if finished or message in failed:
+                findings.append(
+                    Finding(Verdict.DISAGREE, where, "is in the client's ledger, but did not arrive as it is there")
+                )
+            else:
+                findings.append(Finding(Verdict.INCOMPLETE, where, "has not arrived; the server has not finished this run"))
+        findings += _compare_seals(client, run, arrived)
+    return findings
+
+
+def _read_lines(checked: Checked, content: bytes) -> Iterator[Finding]:
+    previous = FIRST
+    *lines, rest = content.split(b"\n")
+    if rest:
+        yield Finding(Verdict.INCOMPLETE, f"{checked.name}, line {len(lines) + 1}", "was not written to its end")
+    for number, raw in enumerate(lines):
+        where = f"{checked.name}, line {number + 1}"
+        try:
+            line = Line.model_validate_json(raw)
+        except ValidationError as error:
+            yield Finding(Verdict.TAMPERED, where, f"is no line of a ledger: {first_problem(error)}")
+            return
+        if canonical(line) != raw:
+            yield Finding(Verdict.TAMPERED, where, "is not in the canonical form of RFC 8785")
+        if line.seq != number:
+            yield Finding(Verdict.TAMPERED, where, f"has the number {line.seq}; lines are missing or out of order")
+        elif line.prev != previous:
+            yield Finding(Verdict.TAMPERED, where, "does not follow from the line before, which was changed or replaced")
+        checked.lines.append((line, raw))
+        previous = hashlib.sha256(raw).hexdigest()
+
+
+def _check_head(checked: Checked, file: Path) -> Iterator[Finding]:
+    where = f"{checked.name}, {HEAD}"
+    try:
+        head = Head.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        yield Finding(Verdict.TAMPERED, where, f"cannot be read: {type(error).__name__}")
+        return
+    if not signed_by(checked.key, head.signature, head_statement(head.count, head.last)):
+        yield Finding(Verdict.TAMPERED, where, "is not signed by the keeper of this ledger")
+    elif head.count > len(checked.lines):
+        yield Finding(
+            Verdict.TAMPERED, where, f"counts {head.count} lines, but there are {len(checked.lines)}: the end was cut off"
+        )
+    elif head.count and hashlib.sha256(checked.lines[head.count - 1][1]).hexdigest() != head.last:
+        yield Finding(Verdict.TAMPERED, where, "does not belong to these lines")
+    elif head.count < len(checked.lines):
+        yield Finding(Verdict.INCOMPLETE, where, f"counts {head.count} lines of {len(checked.lines)}: a write was interrupted")
+
+
+def _read_policies(checked: Checked, folder: Path) -> Iterator[Finding]:
+    for digest in {entry.policy for entry in checked.of(Open) if entry.policy}:
+        file = folder / f"policy-{digest}.toml"
+        try:
+            policy = load_policy(file)
+        except InputFileError as error:
+            yield Finding(Verdict.INCOMPLETE, checked.name, f"the policy it names cannot be read: {error}")
+            continue
+        if policy_hash(policy) != digest:
+            yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
+        checked.policies[digest] = policy
+
+
+def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Finding]:
+    where = f"{checked.name}, run {run[:8]}"
+    of_run = [(line.entry, raw) for line, raw in checked.lines if line.entry.run == run]
+    first = of_run[0][0]
+    if not isinstance(first, Open) or len(checked.of(Open, run)) != 1:
+        yield Finding(Verdict.TAMPERED, where, "does not begin with the one line that opens it")
+        return
+    if first.key != checked.key:
+        yield Finding(Verdict.TAMPERED, where, "was opened under another key than the ledger's")
+    if server and first.server != server:
+        yield Finding(Verdict.TAMPERED, where, "was opened for another server")
+    yield from _check_seals(checked, run, where, of_run)
+    yield from _check_receipts(checked, run, where, server or first.server)
+    if first.policy in checked.policies:
+        yield from _check_policy(checked.policies[first.policy], where, checked.of(Intent, run))
+
+
+def _check_seals(checked: Checked, run: str, where: str, of_run: Sequence[tuple[Entry, bytes]]) -> Iterator[Finding]:
+    if not checked.of(Seal, run):
+        yield Finding(Verdict.INCOMPLETE, where, "is not sealed: it is still going on, or did not come to its end")
+    for position, (entry, _) in enumerate(of_run):
+        if isinstance(entry, Seal):
+            root = merkle_root([raw for _, raw in of_run[:position]]).hex()
+            if (entry.count, entry.root) != (position, root):
+                yield Finding(Verdict.TAMPERED, where, "has a seal that does not fit the lines before it")
+            if not signed_by(checked.key, entry.signature, seal_statement(run, entry.count, entry.root)):
+                yield Finding(Verdict.TAMPERED, where, "has a seal that the keeper of this ledger did not sign")
+
+
+def _check_receipts(checked: Checked, run: str, where: str, server: str) -> Iterator[Finding]:
+    intents = {intent.message: digest_of(intent.arrays) for intent in checked.of(Intent, run)}
+    if len(intents) < len(checked.of(Intent, run)):
+        yield Finding(Verdict.VIOLATION, where, "answers one message twice")
+    for receipt in checked.of(Receipt, run):
+        statement = receipt_statement(run, receipt.message, receipt.arrays)
+        if not signed_by(server, receipt.signature, statement):
+            yield Finding(Verdict.TAMPERED, where, f"has a receipt for {receipt.message[:8]} that the server did not sign")
+        if intents.get(receipt.message) != receipt.arrays:
+            yield Finding(
+                Verdict.TAMPERED, where, f"has a receipt for {receipt.message[:8]}, but not what the server says it received"
+            )
+    for arrival in checked.of(Arrival, run):
+        statement = receipt_statement(run, arrival.message, digest_of(arrival.arrays))
+        if not signed_by(checked.key, arrival.signature, statement):
+            yield Finding(Verdict.TAMPERED, where, f"has an arrival of {arrival.message[:8]} that does not fit its signature")
+    receipts = {receipt.message for receipt in checked.of(Receipt, run)}
+    for intent in checked.of(Intent, run):
+        # The last reply of a run is signed for in the server's ledger alone: no request follows it.
+        if intent.message not in receipts and intent.stage != "deliver":
+            yield Finding(
+                Verdict.INCOMPLETE,
+                where,
+                f"has no receipt for {intent.stage} message {intent.message[:8]}: it may not have arrived",
+            )
+
+
+def _check_policy(policy: Policy, where: str, intents: Sequence[Intent]) -> Iterator[Finding]:
+    released: Counter[str] = Counter()
+    total = 0
+    for intent in intents:
+        kinds = set()
+        for array in intent.arrays:
+            total += array.bytes
+            try:
+                kinds.add(kind_of_array(array.name))
+            except PolicyError as error:
+                yield Finding(Verdict.VIOLATION, where, f"sent {intent.stage}: {error}")
+        released.update(kinds)
+    for kind, count in released.items():
+        rule = policy.allow.get(kind)  # type: ignore[call-overload]
+        if rule is None:
+            yield Finding(Verdict.VIOLATION, where, f"sent {kind!r}, which the policy does not allow")
+        elif count > rule.releases_per_run * (2 if kind == "ledger" else 1):
+            yield Finding(Verdict.VIOLATION, where, f"sent {kind!r} {count} times; the policy allows {rule.releases_per_run}")
+    if total > policy.limits.max_bytes_per_run:
+        yield Finding(Verdict.VIOLATION, where, f"sent {total:,} bytes; the policy allows {policy.limits.max_bytes_per_run:,}")
+
+
+def _differences(sent: Sequence[ArrayEntry], arrived: Sequence[ArrayEntry]) -> Iterator[str]:
+    here, there = ({array.name: array for array in arrays} for arrays in (sent, arrived))
+    for name in sorted(here.keys() | there.keys()):
+        if name not in here:
+            yield f"array {name!r} arrived at the server, but is not in the client's ledger"
+        elif name not in there:
+            yield f"array {name!r} is in the client's ledger, but did not arrive"
+        elif here[name] != there[name]:
+            yield f"array {name!r} is another one at the server"
+
+
+def _compare_seals(client: Checked, run: str, arrived: dict[str, Arrival]) -> Iterator[Finding]:
+    """The root that the client signed and sent must be the one in its ledger."""
+    roots = [hashlib.sha256(bytes.fromhex(seal.root)).hexdigest() for seal in client.of(Seal, run)]
+    for arrival in arrived.values():
+        for array in arrival.arrays:
+            if array.name == "ledger-root" and array.sha256 not in roots:
+                yield Finding(
+                    Verdict.DISAGREE,
+                    f"{client.name}, run {run[:8]}",
+                    "the seal that the server received is not in the client's ledger",
+                )
