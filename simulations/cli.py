@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from common.config import Settings, load_settings, preset_names, preset_text, to_toml
 from common.errors import InputFileError, InvalidSettingError, MetaMoEError
 from common.files import write_atomically
+from simulations.cli_audit import audit
 from simulations.cli_client import client
 from simulations.cli_deploy import deploy
 from simulations.prepare import prepare
@@ -35,10 +36,22 @@ app = typer.Typer(
 
 app.add_typer(deploy, name="deploy")
 app.add_typer(client, name="client")
+app.add_typer(audit, name="audit")
 
 _console = Console()
 _errors = Console(stderr=True)
-_RUN = ("settings.toml", "proxies.json", "events.jsonl", "results.json", "report.md", "model", "server", "clients", "flower")
+_RUN = (
+    "settings.toml",
+    "proxies.json",
+    "events.jsonl",
+    "results.json",
+    "report.md",
+    "model",
+    "server",
+    "clients",
+    "flower",
+    "audit",
+)
 
 
 def _show_version(wanted: bool) -> None:

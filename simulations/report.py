@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from common.errors import InputFileError, first_problem
 from common.files import write_atomically
+from simulations.page import Html, array_table, document, join, table, tag
 from simulations.pictures import DPI, ORACLE, accuracy_picture, gains_picture, mean_routing, proxies_picture, routing_picture
 from simulations.tables import REFERENCE, RESULTS, Record, Results, Sent, Strict, difference, mean_and_deviation, read_results
 
@@ -39,10 +40,6 @@ class Projection(Strict):
     """Contents of projection.json."""
 
     clients: dict[str, Projected]
-
-
-class Html(str):
-    """Text that is HTML already. Every other text is escaped when it is put into an element."""
 
 
 def write_report(folder: Path) -> Path:
@@ -97,9 +94,7 @@ def report_page(results: Results, projection: Projection) -> str:
     sections = [tag("section", tag("h2", heading), content, id=anchor) for anchor, heading, content in there]
     if absent := missing(results, projection):
         sections.append(tag("p", f"Not part of this run, and so not on this page: {'; '.join(absent)}.", class_="note"))
-    body = tag("main", tag("h1", title), overview(results), tag("nav", *links), *sections)
-    head = tag("head", Html(META), tag("title", title), tag("style", Html(STYLE)))
-    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
+    return document(title, overview(results), tag("nav", *links), *sections)
 
 
 def missing(results: Results, projection: Projection) -> list[str]:
@@ -129,7 +124,7 @@ def overview(results: Results) -> Html:
     }
     listed = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()]
     settings = tag("details", tag("summary", "All settings"), tag("pre", results.settings))
-    return _join([tag("dl", *listed), settings])
+    return join([tag("dl", *listed), settings])
 
 
 def accuracy(results: Results) -> Html:
@@ -146,7 +141,7 @@ def accuracy(results: Results) -> Html:
         "Bold: the best in its column of the methods in which no private sample leaves a client"
         + (f" ({ORACLE} aside, as it is told each image's domain)." if ORACLE in results.methods else "."),
     ]
-    return _join([shown, method_table(results.methods, reference), tag("p", " ".join(notes), class_="note")])
+    return join([shown, method_table(results.methods, reference), tag("p", " ".join(notes), class_="note")])
 
 
 def ablations(results: Results) -> Html:
@@ -164,7 +159,7 @@ def ablations(results: Results) -> Html:
         members = {name: record for name, record in results.ablations.items() if record.group == group}
         table = method_table(({} if reference is None else {REFERENCE: reference}) | members, reference)
         parts.append(tag("div", tag("h3", group or "other"), table, class_="group"))
-    return _join(parts)
+    return join(parts)
 
 
 def routing(methods: Mapping[str, Record]) -> Html:
@@ -181,7 +176,7 @@ def routing(methods: Mapping[str, Record]) -> Html:
         note = "Share of the tokens whose most likely expert is the column's, mean over the seeds; a row sums to one. "
         note += "Where several layers decide, they are counted from the lowest."
         parts.append(tag("p", note, class_="note"))
-    return _join(parts)
+    return join(parts)
 
 
 def proxies(projection: Projection) -> Html:
@@ -195,7 +190,7 @@ def proxies(projection: Projection) -> Html:
     if parts:
         note = "Grey: the client's private samples. In colour: its proxies, as each way of selection chooses them (t-SNE)."
         parts.append(tag("p", note, class_="note"))
-    return _join(parts)
+    return join(parts)
 
 
 def sent(clients: Mapping[str, Sequence[Sent]]) -> Html:
@@ -213,7 +208,7 @@ def sent(clients: Mapping[str, Sequence[Sent]]) -> Html:
             summary = f"the expert: {len(lora)} LoRA matrices, {sum(array.bytes for array in lora):,} bytes"
             shown.append(tag("details", tag("summary", summary), array_table(lora)))
         parts.append(tag("div", *shown, class_="group"))
-    return _join(parts)
+    return join(parts)
 
 
 def method_table(records: Mapping[str, Record], reference: Record | None) -> Html:
@@ -259,18 +254,7 @@ def record_table(
         title += [tag("span", record.about, class_="about")] if about else []
         cells = [tag("td", column.get(name) or "–") for column in columns.values()]
         rows.append(tag("tr", tag("th", *title, scope="row"), *cells, class_="reference" if record is reference else ""))
-    return _table(["method", *columns], rows)
-
-
-def array_table(arrays: Sequence[Sent]) -> Html:
-    """Arrays as they were sent."""
-    rows = []
-    for array in arrays:
-        shape = " × ".join(map(str, array.shape)) or "scalar"
-        digest = tag("code", array.sha256[:12] + "…", title=array.sha256)
-        cells = [tag("td", cell) for cell in (array.dtype, shape, f"{array.bytes:,}", digest)]
-        rows.append(tag("tr", tag("th", tag("code", array.name), scope="row"), *cells))
-    return _table(["array", "dtype", "shape", "bytes", "SHA-256"], rows)
+    return table(["method", *columns], rows)
 
 
 def picture(png: bytes, alt: str) -> Html:
@@ -279,21 +263,6 @@ def picture(png: bytes, alt: str) -> Html:
         width = round(image.width * PIXELS_PER_INCH / DPI)
     data = base64.b64encode(png).decode()
     return tag("div", Html(f'<img src="data:image/png;base64,{data}" width="{width}" alt="{html.escape(alt)}">'), class_="wide")
-
-
-def tag(name: str, *children: str, **attributes: str) -> Html:
-    """An HTML element: children and attributes are escaped, unless they are HTML already; ``class_`` is the attribute class."""
-    listed = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items() if value)
-    return Html(f"<{name}{listed}>{_join(children)}</{name}>")
-
-
-def _join(parts: Iterable[str]) -> Html:
-    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
-
-
-def _table(header: Sequence[str], rows: Sequence[Html]) -> Html:
-    columns = [tag("th", name, scope="col") for name in header]
-    return tag("div", tag("table", tag("thead", tag("tr", *columns)), tag("tbody", *rows)), class_="wide")
 
 
 def _accuracies(
@@ -307,7 +276,7 @@ def _accuracies(
     for name, text in texts.items():
         mean = tag("strong", text) if rivals.get(name) == best else text
         deviation = f" ± {mean_and_deviation(values[name])[1]:.{digits}f}" if spread and len(values[name]) > 1 else ""
-        cells[name] = _join([mean, deviation])
+        cells[name] = join([mean, deviation])
     return cells
 
 
@@ -326,57 +295,3 @@ def _least(values: Iterable[float | None], digits: int) -> str:
 def _comparable(record: Record, reference: Record) -> bool:
     """Whether both averages are over the same test sets."""
     return set(record.domains) == set(reference.domains)
-
-
-# The policy holds the page to its promise to load nothing and run nothing, whatever a name in the results may contain.
-META = """
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-"""
-
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #22262b; font: 1rem/1.5 system-ui, "Liberation Sans", sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 2px solid #22262b; }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; overflow-wrap: anywhere; }
-code, pre { font: .85em/1.5 ui-monospace, "DejaVu Sans Mono", "Liberation Mono", monospace; }
-pre { background: #f5f6f8; padding: 1rem; overflow-x: auto; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1rem; }
-a { color: #0062a0; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .5rem 1.5rem; margin: 0 0 1rem; }
-dl div:first-child { grid-column: 1 / -1; }
-dt { color: #5a626c; font-size: .8rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; }
-.wide { overflow-x: auto; margin: .75rem 0; }
-.note { color: #4a525b; font-size: .875rem; max-width: 75ch; }
-.sum { margin-left: .75rem; color: #5a626c; font-size: .875rem; font-weight: normal; }
-img { display: block; height: auto; max-width: max(100%, 29rem); }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; text-align: right; vertical-align: top; white-space: nowrap; border-bottom: 1px solid #dfe3e8; }
-thead th { vertical-align: bottom; border-bottom: 2px solid #8a8f98; }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-tbody th { font-weight: normal; white-space: normal; overflow-wrap: break-word; }
-tbody th:has(code) { white-space: nowrap; position: static; }
-.name { font-weight: 600; }
-.about { display: block; width: 19rem; color: #5a626c; font-size: .8rem; }
-.pools { margin-left: .5rem; padding: 0 .4rem; border: 1px dashed; color: #a04000; font-size: .75rem; white-space: nowrap; }
-.reference th:first-child, .reference td { background: #e6f1f9; }
-@media (max-width: 40rem) { .about { width: 9rem; } .pools { margin-left: 0; } main { padding: 1rem .75rem 3rem; } }
-@media print {
-  @page { size: A4 landscape; margin: 12mm; }
-  html { font-size: 8.5pt; }
-  nav { display: none; }
-  .wide { overflow: visible; }
-  img { max-width: 100%; max-height: 150mm; object-fit: contain; object-position: left; }
-  #accuracy img { max-height: 115mm; }
-  th:first-child { position: static; }
-  tr, img, .group { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
-"""

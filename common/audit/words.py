@@ -1,0 +1,112 @@
+"""What may leave a client, in plain language."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from common.audit.entries import ArrayEntry, Intent
+from common.audit.policy import ArtifactKind, Policy, kind_of_array
+
+
+@dataclass(frozen=True)
+class Words:
+    """An artifact for somebody who answers for the data: what it is, how it comes about, what touched it, what it can tell."""
+
+    what: str
+    how: str
+    samples: str
+    reveals: str
+
+
+_ALL = "all private training samples of this client"
+EXPLAINED: dict[ArtifactKind, Words] = {
+    "client": Words(
+        "the client's number in the federation",
+        "it stands in the node's configuration",
+        "none",
+        "nothing about the data",
+    ),
+    "seed-routing-vector": Words(
+        "one vector: where this client's data lies, as the seed model sees it",
+        "the mean of the frozen seed model's embedding",
+        _ALL,
+        "a statistic of the data: what kind of images or texts these are, and to some degree the mix of their classes; with "
+        "few samples, something about each. It is exact unless privacy.vectors = gaussian",
+    ),
+    "seed-ffn-inputs": Words(
+        "one vector for each layer at which the router looks",
+        "means of the inputs of the frozen seed model's feed-forward sublayers",
+        _ALL,
+        "the same as the seed routing vector: they are statistics of the same samples",
+    ),
+    "relevance-classifier": Words(
+        "a linear classifier that tells private from public samples",
+        "logistic regression on the seed model's embeddings",
+        _ALL + ", against public ones",
+        "more than a mean: it is fitted to single samples, and is never released with differential privacy here",
+    ),
+    "routing-vectors": Words(
+        "one vector for each layer, of what the expert was trained on",
+        "means of feed-forward inputs in the trained expert, over private samples and proxies together",
+        _ALL + ", and its proxies",
+        "the direction from the proxies' mean to the private mean exactly, and with a guess of the amount of data the private "
+        "mean itself; no bound on it can be proven, because the expert was trained on the same samples",
+    ),
+    "expert": Words(
+        "the expert: LoRA matrices on the seed model's feed-forward sublayers",
+        "trained on this client",
+        _ALL + ", and its proxies",
+        "what the domain looks like, and to some degree whether a given sample was among those it was trained on (membership "
+        "inference); covered by an epsilon only if privacy.expert = dp-sgd",
+    ),
+    "accuracy": Words(
+        "the accuracy of the delivered model on this client's own test samples",
+        "measured on this client",
+        "all private test samples of this client",
+        "how well the model does here; to some degree how many test samples there are",
+    ),
+    "ledger": Words(
+        "public key, Merkle root and signature of this client's ledger",
+        "hashes of what was sent",
+        "none but through what was sent",
+        "nothing that was not sent anyway",
+    ),
+}
+
+
+def policy_lines(policy: Policy) -> list[str]:
+    """A policy in sentences."""
+    lines = []
+    for kind, words in EXPLAINED.items():
+        rule = policy.allow.get(kind)
+        if rule is None:
+            lines.append(f"{kind} never leaves: {words.what}.")
+            continue
+        times = "once" if rule.releases_per_run == 1 else f"{rule.releases_per_run} times"
+        lines.append(f"{kind} may leave {times} in a run: {words.what}. Purpose: {rule.purpose}.")
+    limits = policy.limits
+    lines.append(
+        "Nothing else leaves: no text, no metric, no example count, no array of another name, type or shape. A failure leaves "
+        "as a number without a reason."
+    )
+    lines.append(
+        f"In one run at most {limits.max_bytes_per_run:,} bytes; experts of rank {limits.max_lora_rank} or less; only with "
+        f"{limits.min_private_samples} private samples or more."
+    )
+    if limits.reply_time_step:
+        lines.append(f"Replies wait for the next multiple of {limits.reply_time_step:g} seconds after the request.")
+    else:
+        lines.append("Replies leave as soon as they are computed: the time taken tells the amount of data.")
+    if budget := policy.budget:
+        lines.append(f"All runs together may spend epsilon {budget.epsilon:g}, delta {budget.delta:g} of differential privacy.")
+    else:
+        lines.append("There is no limit to what all runs together reveal: no privacy budget is set.")
+    return lines
+
+
+def released(intents: Iterable[Intent]) -> dict[ArtifactKind, list[ArrayEntry]]:
+    """What was sent, by kind of artifact, in the order in which it was first sent."""
+    by_kind: dict[ArtifactKind, list[ArrayEntry]] = {}
+    for intent in intents:
+        for array in intent.arrays:
+            by_kind.setdefault(kind_of_array(array.name), []).append(array)
+    return by_kind

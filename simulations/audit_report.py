@@ -1,0 +1,133 @@
+"""The pages of an audit: one for the federation, one for each client; each a file that needs nothing else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
+from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
+from common.audit.words import EXPLAINED, policy_lines, released
+from common.errors import InputFileError
+from common.files import write_atomically
+from simulations.ledgers import Ledgers
+from simulations.page import Html, array_table, document, join, table, tag
+
+MEANING = {
+    Verdict.FINE: "fine",
+    Verdict.VIOLATION: "violation of the policy",
+    Verdict.TAMPERED: "tampered with",
+    Verdict.DISAGREE: "the ledgers disagree",
+    Verdict.INCOMPLETE: "incomplete",
+    Verdict.OVER_BUDGET: "budget exceeded",
+}
+
+
+def write_pages(found: Ledgers, folder: Path) -> Verdict:
+    """Write ``index.html`` and ``client-N.html`` into a folder.
+
+    Returns:
+        What all checks together come to.
+
+    Raises:
+        InputFileError: there is no client's ledger.
+    """
+    if not found.clients:
+        raise InputFileError("there is no client's ledger to report on")
+    server = check_ledger(found.server) if found.server else None
+    clients = [check_ledger(ledger) for ledger in found.clients]
+    findings = {client.name: _findings(client, server) for client in clients}
+    for client in clients:
+        write_atomically(folder / f"{client.name}.html", client_page(client, server, findings[client.name]))
+    write_atomically(folder / "index.html", federation_page(clients, server, findings))
+    return worst([f for of in findings.values() for f in of] + (server.findings if server else []))
+
+
+def federation_page(clients: Sequence[Checked], server: Checked | None, findings: dict[str, list[Finding]]) -> str:
+    """All clients at a glance, and the server's ledger."""
+    rows = []
+    for client in clients:
+        sent = [array for intent in client.of(Intent) for array in intent.arrays]
+        verdict = MEANING[worst(findings[client.name])]
+        cells = (
+            str(len(client.runs)),
+            str(len(client.of(Intent))),
+            f"{sum(a.bytes for a in sent):,}",
+            _key(client.key),
+            verdict,
+        )
+        name = tag("a", client.name, href=f"{client.name}.html")
+        rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
+    header = ["client", "runs", "messages sent", "bytes sent", "public key", "ledger"]
+    kinds = {kind for client in clients for kind in released(client.of(Intent))}
+    meaning = [_explained(kind) for kind in EXPLAINED if kind in kinds]
+    everything = [f for of in findings.values() for f in of] + (server.findings if server else [])
+    parts = [
+        _verdict(everything, "Every ledger holds, and all agree with the server's."),
+        tag("h2", "Clients"),
+        table(header, rows),
+        tag("h2", "The server's ledger"),
+        tag("p", f"{len(server.of(Arrival))} arrivals, {len(server.runs)} runs, key {server.key}." if server else "Not here."),
+        tag("h2", "What the clients sent, and what it means"),
+        *meaning,
+    ]
+    return document("What the clients of this federation sent", *parts)
+
+
+def client_page(client: Checked, server: Checked | None, findings: Sequence[Finding]) -> str:
+    """One client: its policy, and each message of each run."""
+    agreed = " and agrees with the server's" if server else "; the server's ledger is not here to compare it with"
+    parts = [_verdict(findings, f"The ledger holds{agreed}.")]
+    facts = {"public key": client.key, "lines": str(len(client.lines)), "runs": str(len(client.runs))}
+    parts.append(tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items())))
+    for digest, policy in client.policies.items():
+        parts += [tag("h2", "Policy"), tag("p", tag("code", digest), class_="note")]
+        parts.append(tag("ul", *(tag("li", line) for line in policy_lines(policy))))
+    for run in client.runs:
+        parts += [tag("h2", f"Run {run[:8]}"), _run_facts(client, run)]
+        for intent in client.of(Intent, run):
+            receipt = any(receipt.message == intent.message for receipt in client.of(Receipt, run))
+            signed = "the server signed for it" if receipt else "the server's signature is in its own ledger"
+            parts += [
+                tag("h3", intent.stage, tag("span", signed, class_="sum")),
+                *(_explained(kind) for kind in released([intent])),
+                tag("details", tag("summary", f"{len(intent.arrays)} arrays"), array_table(intent.arrays)),
+            ]
+        refusals = [f"Refused in stage {r.stage}: error code {r.code} was sent, nothing else." for r in client.of(Refusal, run)]
+        parts += [tag("p", refusal) for refusal in refusals]
+    return document(f"What {client.name} sent", *parts)
+
+
+def _run_facts(client: Checked, run: str) -> Html:
+    seals = client.of(Seal, run)
+    facts = {
+        **{
+            f"{name}": getattr(opened, name) or "–"
+            for opened in client.of(Open, run)
+            for name in ("settings", "code", "policy")
+        },
+        "seed model": ", ".join(opened.seed_model for opened in client.of(Open, run)),
+        "public set": ", ".join(opened.public_set for opened in client.of(Open, run)),
+        "Merkle root": seals[-1].root if seals else "not sealed",
+    }
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", tag("code", value))) for name, value in facts.items()))
+
+
+def _findings(client: Checked, server: Checked | None) -> list[Finding]:
+    return client.findings + (reconcile(client, server) if server else [])
+
+
+def _verdict(findings: Sequence[Finding], fine: str) -> Html:
+    if not findings:
+        return tag("p", tag("strong", fine))
+    listed = [tag("li", f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}") for finding in findings]
+    return join([tag("p", tag("strong", f"Found: {MEANING[worst(findings)]}.")), tag("ul", *listed)])
+
+
+def _explained(kind: str) -> Html:
+    words = EXPLAINED[kind]  # type: ignore[index]
+    facts = {"computed": words.how, "from": words.samples, "can reveal": words.reveals}
+    listed = [tag("div", tag("dt", name), tag("dd", text)) for name, text in facts.items()]
+    return tag("div", tag("p", tag("strong", kind), f": {words.what}."), tag("dl", *listed), class_="group")
+
+
+def _key(key: str) -> Html:
+    return tag("code", key[:16] + "…", title=key)

@@ -1,0 +1,225 @@
+"""The commands ``metamoe audit``: for those who answer for the data."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from common.audit.entries import Intent, line_schema
+from common.audit.keys import read_public
+from common.audit.policy import DEFAULT, kind_of_array, load_policy, policy_text
+from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
+from common.audit.words import EXPLAINED, policy_lines, released
+from common.config import load_settings
+from common.errors import InputFileError
+from common.files import write_atomically
+from simulations.audit_report import MEANING, write_pages
+from simulations.ledgers import ledgers_at, write_bundle
+
+audit = typer.Typer(
+    no_args_is_help=True,
+    help="For those who answer for the data: what may leave a client, what left, and whether it can be shown.",
+    epilog="Exit codes of verify, reconcile and report: 0 fine, 1 violation of the policy, 2 wrong usage, 3 tampered with, "
+    "4 ledgers disagree, 5 incomplete, 6 budget exceeded.",
+)
+
+_console = Console()
+_PLACE = "A run's folder, a client's state folder, a ledger's own folder, or a bundle from 'metamoe audit export'."
+_SMALL = (
+    *("data.private-samples=100", "data.public-samples=600", "proxies.count=30", "proxies.pool=200"),
+    *("expert-training.epochs=1", "router-training.epochs=1"),
+)
+Place = Annotated[Path, typer.Argument(help=_PLACE)]
+
+
+@audit.command()
+def policy(
+    file: Annotated[
+        Path | None, typer.Argument(help="Policy, a TOML file. (default: the one that comes with the product)")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Preset or TOML file of a run, to list the arrays it would send.")] = "glyphs",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the policy to a new file, to be edited and kept.")
+    ] = None,
+) -> None:
+    """Say in plain language what may leave a client, and what of it a run would send."""
+    from common.model.seed import load_seed
+    from common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
+
+    chosen = load_policy(file) if file else DEFAULT
+    settings = load_settings(preset, set_ or [])
+    for line in policy_lines(chosen):
+        _console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    seed = load_seed(settings.seed_model)
+    table = Table("when", "artifact", "arrays", Column("bytes", justify="right"), "", title=f"a run of {preset} would send")
+    for stage in MESSAGE_TYPE:
+        by_kind: dict[str, list[Artifact]] = {}
+        for artifact in (*reply_artifacts(stage, settings, seed), *AUDIT_ARTIFACTS[stage]):
+            by_kind.setdefault(kind_of_array(artifact.name), []).append(artifact)
+        for kind, artifacts in by_kind.items():
+            forms = f"{len(artifacts)} x" if len(artifacts) > 1 else str(list(artifacts[0].shape))
+            refused = "" if kind in chosen.allow else "refused"
+            size = f"{sum(artifact.bytes for artifact in artifacts):,}"
+            table.add_row(stage, kind, f"{forms} {artifacts[0].dtype}", size, refused, style="red" if refused else None)
+    _console.print(table)
+    if write:
+        if write.exists():
+            raise InputFileError(f"{write} exists; a policy is never overwritten, so give another file")
+        write_atomically(write, policy_text(chosen))
+        _console.print(f"policy: {write}; name it in the node's configuration as policy", soft_wrap=True)
+
+
+@audit.command()
+def verify(
+    places: Annotated[list[Path], typer.Argument(help=f"{_PLACE} Several are possible.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Public key file (audit.pub) of the ledger's keeper, as you had it from them.")
+    ] = None,
+    server_key: Annotated[Path | None, typer.Option(help="Public key file (audit.pub) of the server's ledger.")] = None,
+) -> None:
+    """Check ledgers by themselves, offline: every line, hash and signature, the Merkle root of each run, the server's receipts,
+    and that nothing was sent that the policy does not allow.
+    """
+    own, server = (read_public(file) if file else None for file in (key, server_key))
+    checked = [ledger for place in places for ledger in _check(place, own, server)]
+    _show(checked, [finding for ledger in checked for finding in ledger.findings])
+
+
+@audit.command("reconcile")
+def reconcile_(
+    place: Annotated[Path, typer.Argument(help="A run's folder with both sides' ledgers; or one client's, with --server.")],
+    server: Annotated[Path | None, typer.Option(help="The server's ledger: its folder, a bundle, or the run's folder.")] = None,
+) -> None:
+    """Compare what clients say they sent with what the server says arrived, message by message, array by array."""
+    with ledgers_at(place) as found, ledgers_at(server or place) as other:
+        if other.server is None:
+            raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
+        if not found.clients:
+            raise InputFileError(f"{place} holds no client's ledger")
+        clients = [check_ledger(folder) for folder in found.clients]
+        arrived = check_ledger(other.server)
+    findings = [finding for ledger in (*clients, arrived) for finding in ledger.findings]
+    findings += [finding for client in clients for finding in reconcile(client, arrived)]
+    _show([*clients, arrived], findings)
+
+
+@audit.command()
+def explain(place: Place) -> None:
+    """Say of everything that left what it is, how it was computed, which samples touched it, and what it can reveal."""
+    with ledgers_at(place) as found:
+        clients = [check_ledger(folder) for folder in found.clients]
+    if not clients:
+        raise InputFileError(f"{place} holds no client's ledger")
+    for client in clients:
+        for run in client.runs:
+            _console.rule(f"{client.name}, run {run[:8]}", align="left")
+            for kind, arrays in released(client.of(Intent, run)).items():
+                words = EXPLAINED[kind]
+                total = sum(array.bytes for array in arrays)
+                count = f"{len(arrays)} arrays, {total:,} bytes" if len(arrays) > 1 else f"{total:,} bytes"
+                _console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", highlight=False)
+                _console.print(
+                    f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
+                )
+
+
+@audit.command()
+def export(
+    place: Place,
+    bundle: Annotated[Path, typer.Argument(help="New zip file.")],
+) -> None:
+    """Pack one ledger for a third party: its lines, policies and public key, and not the key that signs."""
+    with ledgers_at(place) as found:
+        if len(found.all) != 1:
+            names = ", ".join(str(folder) for folder in found.all)
+            raise InputFileError(f"{place} holds {len(found.all)} ledgers; give the folder of one: {names}")
+        write_bundle(found.all[0], bundle)
+    _console.print(f"bundle: {bundle}", soft_wrap=True)
+
+
+@audit.command()
+def report(
+    place: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pages. (default: audit/ in the run's folder)")] = None,
+) -> None:
+    """Write an HTML page for each client and one for the federation: what left, what it means, and whether the ledgers hold."""
+    folder = out or place / "audit"
+    with ledgers_at(place) as found:
+        verdict = write_pages(found, folder)
+    _console.print(f"report: {folder / 'index.html'}", soft_wrap=True)
+    raise typer.Exit(int(verdict))
+
+
+@audit.command()
+def canary(
+    preset: Annotated[str, typer.Option(help="Preset or TOML file of the run.")] = "glyphs",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Empty folder to keep the run in. (default: a temporary one, removed at the end)")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="The preset's own sizes, in place of a small run of a minute.")] = False,
+) -> None:
+    """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
+    disguise. What leaves has the same form in a small run as in a large one.
+    """
+    from simulations.canary import run_canary
+
+    settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputFileError(f"--out {out} is not an empty folder; give another one")
+    with ExitStack() as stack:
+        folder = out or Path(stack.enter_context(TemporaryDirectory()))
+        with _console.status("running, and searching what left"):
+            found = run_canary(settings, folder.absolute())
+    replies = [place for place in found.places if place.startswith("client ")]
+    _console.print(
+        f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
+        f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
+        highlight=False,
+    )
+    for hit in found.found:
+        _console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
+    for control in found.blind:
+        _console.print(f"the search did not find its own control: {control}", style="red", soft_wrap=True)
+    verdict = Verdict.VIOLATION if found.found else Verdict.INCOMPLETE if found.blind else Verdict.FINE
+    _console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
+    raise typer.Exit(int(verdict))
+
+
+@audit.command()
+def schema() -> None:
+    """Print the JSON Schema of a ledger's line."""
+    _console.print_json(data=line_schema())
+
+
+def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
+    with ledgers_at(place) as found:
+        return [check_ledger(folder, key, None if folder == found.server else server) for folder in found.all]
+
+
+def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:
+    """A table of the ledgers, what is wrong with them, and the exit code."""
+    table = Table(
+        "ledger", Column("lines", justify="right"), Column("runs", justify="right"), Column("bytes sent", justify="right")
+    )
+    table.add_column("public key")
+    for ledger in checked:
+        sent = sum(array.bytes for intent in ledger.of(Intent) for array in intent.arrays)
+        table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), f"{sent:,}", ledger.key[:16])
+    _console.print(table)
+    for finding in findings:
+        line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"
+        _console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    verdict = worst(findings)
+    _console.print(MEANING[verdict], style="bold" if verdict is Verdict.FINE else "bold red")
+    raise typer.Exit(int(verdict))
