@@ -1,9 +1,10 @@
 """The pages of an audit: one for the federation, one for each client; each a file that needs nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
+from common.audit.entries import ArrayEntry, Arrival, Intent, Open, Receipt, Refusal, Seal
+from common.audit.policy import ArtifactKind
 from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
 from common.audit.words import EXPLAINED, policy_lines, released
 from common.errors import InputFileError
@@ -57,8 +58,6 @@ def federation_page(clients: Sequence[Checked], server: Checked | None, findings
         name = tag("a", client.name, href=f"{client.name}.html")
         rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     header = ["client", "runs", "messages sent", "bytes sent", "public key", "ledger"]
-    kinds = {kind for client in clients for kind in released(client.of(Intent))}
-    meaning = [_explained(kind) for kind in EXPLAINED if kind in kinds]
     everything = [f for of in findings.values() for f in of] + (server.findings if server else [])
     parts = [
         _verdict(everything, "Every ledger holds, and all agree with the server's."),
@@ -67,7 +66,7 @@ def federation_page(clients: Sequence[Checked], server: Checked | None, findings
         tag("h2", "The server's ledger"),
         tag("p", f"{len(server.of(Arrival))} arrivals, {len(server.runs)} runs, key {server.key}." if server else "Not here."),
         tag("h2", "What the clients sent, and what it means"),
-        *meaning,
+        _explained(released(intent for client in clients for intent in client.of(Intent))),
     ]
     return document("What the clients of this federation sent", *parts)
 
@@ -88,7 +87,7 @@ def client_page(client: Checked, server: Checked | None, findings: Sequence[Find
             signed = "the server signed for it" if receipt else "the server's signature is in its own ledger"
             parts += [
                 tag("h3", intent.stage, tag("span", signed, class_="sum")),
-                *(_explained(kind) for kind in released([intent])),
+                _explained(released([intent])),
                 tag("details", tag("summary", f"{len(intent.arrays)} arrays"), array_table(intent.arrays)),
             ]
         refusals = [f"Refused in stage {r.stage}: error code {r.code} was sent, nothing else." for r in client.of(Refusal, run)]
@@ -122,11 +121,14 @@ def _verdict(findings: Sequence[Finding], fine: str) -> Html:
     return join([tag("p", tag("strong", f"Found: {MEANING[worst(findings)]}.")), tag("ul", *listed)])
 
 
-def _explained(kind: str) -> Html:
-    words = EXPLAINED[kind]  # type: ignore[index]
-    facts = {"computed": words.how, "from": words.samples, "can reveal": words.reveals}
-    listed = [tag("div", tag("dt", name), tag("dd", text)) for name, text in facts.items()]
-    return tag("div", tag("p", tag("strong", kind), f": {words.what}."), tag("dl", *listed), class_="group")
+def _explained(artifacts: Mapping[ArtifactKind, Sequence[ArrayEntry]]) -> Html:
+    """A list of what was sent, in words."""
+    items = []
+    for kind, arrays in artifacts.items():
+        words, size = EXPLAINED[kind], f"{sum(array.bytes for array in arrays):,} bytes"
+        text = f": {words.what}; computed: {words.how}; from: {words.samples}. Can reveal: {words.reveals}."
+        items.append(tag("li", tag("strong", kind), f" ({size})", text))
+    return tag("ul", *items)
 
 
 def _key(key: str) -> Html:

@@ -1,10 +1,12 @@
 """What may leave a client, in plain language."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from common.audit.entries import ArrayEntry, Intent
 from common.audit.policy import ArtifactKind, Policy, kind_of_array
+from common.errors import PolicyError
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,12 @@ def policy_lines(policy: Policy) -> list[str]:
 
 
 def released(intents: Iterable[Intent]) -> dict[ArtifactKind, list[ArrayEntry]]:
-    """What was sent, by kind of artifact, in the order in which it was first sent."""
+    """What was sent, by kind of artifact, in the order in which it was first sent; without what is of no kind, which is a
+    violation of every policy.
+    """
     by_kind: dict[ArtifactKind, list[ArrayEntry]] = {}
     for intent in intents:
         for array in intent.arrays:
-            by_kind.setdefault(kind_of_array(array.name), []).append(array)
+            with suppress(PolicyError):
+                by_kind.setdefault(kind_of_array(array.name), []).append(array)
     return by_kind
