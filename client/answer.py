@@ -10,6 +10,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from client.deliver import store_and_evaluate
+from client.dp_sgd import train_with_privacy
 from client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
 from client.policy import policy_of
 from client.private import private_samples
@@ -20,12 +21,19 @@ from common.compute import threads
 from common.config import Settings
 from common.data.datasets import known_classes, label_space, load_public, public_fingerprint
 from common.data.tasks import class_names
-from common.errors import InvalidSettingError, ProtocolError, PublicDataMismatchError, SeedMismatchError
+from common.errors import (
+    InvalidSettingError,
+    PrivateDataError,
+    ProtocolError,
+    PublicDataMismatchError,
+    SeedMismatchError,
+)
 from common.events import EventLog
 from common.files import replaced_folder, write_json
 from common.model.artifact import UnifiedWeights, routers_from
 from common.model.lora import expert_shapes, load_adapter, save_adapter
 from common.model.seed import Seed, load_seed
+from common.privacy import expert_mechanism
 from common.wire import Kind, Request, reply_artifacts
 
 
@@ -62,7 +70,9 @@ def _check_common_ground(request: Request, seed: Seed) -> None:
 
 def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray]:
     private, public = _training_samples(settings, site), load_public(settings.data)
-    arrays = {"client": np.array(site.client)} | profile(seed, settings, site.client, private, public)
+    arrays = {"client": np.array(site.client)} | profile(
+        seed, settings, site.client, private, public, site.noise(settings.seed, 1)
+    )
     return {artifact.name: arrays[artifact.name] for artifact in reply_artifacts("profile", settings, seed)}
 
 
@@ -84,7 +94,12 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
             expert = load_adapter(stored)
             progress(settings.expert_training.epochs, settings.expert_training.epochs)
         else:
-            expert = train_expert(seed, settings, site.client, samples, space, progress)
+            if settings.privacy.expert == "dp-sgd":
+                start = train_expert(seed, settings, site.client, samples[1:], space, progress)
+                rng, mechanism = site.noise(settings.seed, 2), expert_mechanism(settings)
+                expert = train_with_privacy(seed, settings, private, space, start, mechanism, rng, progress)
+            else:
+                expert = train_expert(seed, settings, site.client, samples, space, progress)
             with replaced_folder(stored) as new:
                 save_adapter(new, seed, settings.lora, expert)
                 write_json(new / "proxies.json", ids.tolist())
@@ -97,6 +112,11 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
 def _training_samples(settings: Settings, site: Site) -> Dataset:
     private = private_samples(settings, site, "train")
     check_private_samples(policy_of(site), len(private))
+    privacy = settings.privacy
+    if (privacy.vectors != "none" or privacy.expert != "none") and len(private) < privacy.min_samples:
+        raise PrivateDataError(
+            f"{len(private)} private training samples are less than privacy.min-samples = {privacy.min_samples}"
+        )
     return private
 
 

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import numpy as np
 from flwr.app import Context, Error, Message
@@ -20,16 +21,19 @@ from common.audit.entries import (
     Open,
     Receipt,
     Refusal,
+    Spent,
     array_entries,
     receipt_statement,
     settings_hash,
 )
 from common.audit.keys import signed_by
 from common.audit.ledger import Ledger
-from common.audit.policy import DEFAULT, Policy, check_arrays, check_request, policy_hash, policy_text
+from common.audit.policy import DEFAULT, Policy, check_arrays, check_budget, check_request, policy_hash, policy_text
+from common.config import Settings
 from common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
 from common.files import write_atomically
 from common.model.seed import load_seed
+from common.privacy import expert_mechanism, vectors_mechanism
 from common.wire import (
     AUDIT_ARTIFACTS,
     CLIENT_ERROR_CODE,
@@ -81,12 +85,13 @@ def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[Reco
         _log(site, kind)
         raise
     try:
-        arrays = _checked(kind, terms, policy, ledger, lambda: respond(content))
+        spent = planned_spending(kind, terms.settings)
+        arrays = _checked(kind, terms, policy, ledger, spent, lambda: respond(content))
         if kind == "profile" and arrays["client"] != site.client:
             raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
         extra = _for_the_audit(kind, terms, ledger)
         run, message = terms.envelope.run, terms.envelope.message
-        ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra)))
+        ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
         return encode_reply(arrays, extra)
     except Exception as error:
         _log(site, kind)
@@ -94,6 +99,23 @@ def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[Reco
             envelope = terms.envelope
             ledger.append(Refusal(run=envelope.run, message=envelope.message, stage=kind, code=_code(error)))
         raise
+
+
+def planned_spending(kind: Kind, settings: Settings) -> list[Spent]:
+    """The differential privacy that a reply spends, as its settings say before it is computed."""
+    privacy = settings.privacy
+    names = [artifact.name for artifact in reply_artifacts(kind, settings, load_seed(settings.seed_model))]
+    if kind == "profile" and privacy.vectors == "gaussian":
+        mechanism, spent = vectors_mechanism(settings), (privacy.epsilon, privacy.delta)
+        covered = [name for name in names if name != "client"]
+    elif kind == "expert" and privacy.expert == "dp-sgd":
+        mechanism, spent = expert_mechanism(settings), (privacy.expert_epsilon, privacy.expert_delta)
+        covered = names
+    else:
+        return []
+    if not covered:
+        return []
+    return [Spent(covers=covered, epsilon=spent[0], delta=spent[1], **asdict(mechanism))]
 
 
 def kind_of(message_type: str) -> Kind:
@@ -109,7 +131,7 @@ def kind_of(message_type: str) -> Kind:
 
 
 def _checked(
-    kind: Kind, terms: Request, policy: Policy, ledger: Ledger, compute: Callable[[], RecordDict]
+    kind: Kind, terms: Request, policy: Policy, ledger: Ledger, spent: list[Spent], compute: Callable[[], RecordDict]
 ) -> dict[str, np.ndarray]:
     """The arrays of the reply, computed only if they may be asked for, and returned only if they may leave."""
     settings, run = terms.settings, terms.envelope.run
@@ -117,6 +139,7 @@ def _checked(
     names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
     entries = ledger.run(run)
     check_request(policy, settings, names, entries)
+    check_budget(policy, spent, names, ledger.entries() if spent else entries)
     arrays = decode_reply(compute(), artifacts)
     check_arrays(policy, arrays, [array for entry in entries if isinstance(entry, Intent) for array in entry.arrays])
     return arrays

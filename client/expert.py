@@ -82,6 +82,7 @@ def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Da
         seed.fingerprint,
         settings.lora.model_dump(),
         settings.expert_training.model_dump(),
+        settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,
         settings.seed,
         client,

@@ -10,13 +10,24 @@ from common.config import Settings
 from common.data.tasks import batches
 from common.model.routing import all_evidence_paths, sample_features
 from common.model.seed import Seed
+from common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
-_NEGATIVES = 2_000
+_PUBLIC_SAMPLES = 2_000
 
 
-def profile(seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset) -> dict[str, np.ndarray]:
+def profile(
+    seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Everything that a client can say in stage 1; what of it is sent, the settings decide (``common/wire.py``).
+
+    Args:
+        seed: the frozen seed.
+        settings: the run's.
+        client: the client's number.
+        private: its training samples.
+        public: the public set.
+        rng: where noise comes from, if the settings ask for differential privacy.
 
     Returns:
         ``seed-routing-vector`` [d]: mu_p, the mean of the seed's embedding over the private samples; ``seed-ffn-inputs``
@@ -24,14 +35,22 @@ def profile(seed: Seed, settings: Settings, client: int, private: Dataset, publi
         ask for it: see :func:`relevance_classifier`. float32.
     """
     features = _features(seed, settings, private)
-    means = features.mean(axis=0)
+    if settings.privacy.vectors == "gaussian":
+        others = _features(seed, settings, _public_sample(settings, client, public))
+        noise = vectors_mechanism(settings).noise_multiplier
+        means = private_means(features, others, settings.privacy.clip, settings.privacy.min_samples, noise, rng)
+    else:
+        means = features.mean(axis=0)
     arrays = {"seed-routing-vector": means[-1], "seed-ffn-inputs": means[:-1]}
     if settings.proxies.relevance == "classifier":
-        rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, client))
-        negatives = public.select(np.sort(rng.permutation(len(public))[:_NEGATIVES]))
-        others = _features(seed, settings, negatives)
+        others = _features(seed, settings, _public_sample(settings, client, public))
         arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
     return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def _public_sample(settings: Settings, client: int, public: Dataset) -> Dataset:
+    rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, client))
+    return public.select(np.sort(rng.permutation(len(public))[:_PUBLIC_SAMPLES]))
 
 
 def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:

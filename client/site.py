@@ -1,8 +1,15 @@
 """Where a client runs: its number in the federation, and its own folders."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from common.compute import derived_seed
+
+_NOISE = 7
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,14 @@ class Site:
     def log(self) -> Path:
         """What went wrong here; it never leaves."""
         return self.state / f"client-{self.client}.log"
+
+    def noise(self, seed: int, stage: int) -> np.random.Generator:
+        """Where the noise of differential privacy comes from: in a simulation the run's seed, so that it can be repeated; else
+        the operating system. The run's seed comes from the server, who could take such noise away again.
+        """
+        return np.random.default_rng(
+            derived_seed(seed, _NOISE, stage, self.client) if self.simulation else secrets.randbits(256)
+        )
 
     @property
     def audit(self) -> Path:

@@ -176,6 +176,30 @@ class RouterTraining(Section):
         return self
 
 
+class Privacy(Section):
+    """Differential privacy of what a client sends, for one record of it; see docs/privacy.md for what is covered."""
+
+    vectors: Literal["none", "gaussian"] = Field(
+        "none",
+        description="gaussian: the means of stage 1 leave once, clipped and with noise, and so all that follows from them",
+    )
+    epsilon: Positive = 4.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip: Positive = Field(2.0, description="largest norm of a sample's features, where a public one's has 1 on average")
+    min_samples: Count = Field(
+        500, description="known to all: no client has fewer training samples; noise goes by it, and so does not tell how many"
+    )
+    expert: Literal["none", "dp-sgd"] = Field(
+        "none", description="dp-sgd: trained on the proxies first, and then on private samples with clipped, noisy gradients"
+    )
+    expert_epsilon: Positive = 8.0
+    expert_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    expert_clip: Positive = Field(1.0, description="largest norm of one sample's gradient")
+    expert_epochs: Count = 20
+    expert_batch_size: Count = Field(250, description="samples of a step, of every min-samples that a client has")
+    expert_learning_rate: Positive = 2e-3
+
+
 class Compute(Section):
     """What the run may use. Thread counts are fixed because sums in another order give other last digits."""
 
@@ -200,6 +224,7 @@ class Settings(Section):
     expert_training: ExpertTraining = ExpertTraining()
     router: Router = Router()
     router_training: RouterTraining = RouterTraining()
+    privacy: Privacy = Privacy()
     compute: Compute = Compute()
 
     def client_domain(self, client: int) -> str:
@@ -228,6 +253,27 @@ class Settings(Section):
         if self.router.top_k > experts:
             raise ValueError(
                 f"router.top-k = {self.router.top_k} is more than the {experts} experts of clients = {self.clients}"
+            )
+        if self.privacy.vectors == "gaussian" and self.router.vectors == "private" and self.router.rows != "fresh":
+            raise ValueError(
+                "privacy.vectors = gaussian with router.vectors = private: means in an expert that was trained on the same "
+                "samples move by more than any bound on one sample's share; set router.vectors = seed or proxy"
+            )
+        by_classifier = self.proxies.relevance == "classifier" and self.proxies.selection != "random"
+        if self.privacy.vectors == "gaussian" and by_classifier:
+            raise ValueError(
+                "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "
+                "covered; set proxies.relevance = fisher"
+            )
+        if self.privacy.expert == "dp-sgd" and self.expert_training.samples != "aligned":
+            raise ValueError(
+                f"privacy.expert = dp-sgd with expert-training.samples = {self.expert_training.samples}: it starts from the "
+                "proxies and goes on with private samples; set expert-training.samples = aligned"
+            )
+        if self.privacy.expert == "dp-sgd" and self.privacy.vectors == "none" and self.proxies.selection != "random":
+            raise ValueError(
+                "privacy.expert = dp-sgd with privacy.vectors = none: proxies chosen by an exact mean tell of it through "
+                "the expert too; set privacy.vectors = gaussian, or proxies.selection = random"
             )
         training = self.router_training.supervision
         weightless = self.router.renormalise and self.router.top_k == 1

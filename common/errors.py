@@ -97,6 +97,12 @@ class PolicyError(MetaMoEError):
     exit_code = 60
 
 
+class BudgetError(MetaMoEError):
+    """A run would spend more differential privacy than a client's policy allows, or release without any what needs it."""
+
+    exit_code = 61
+
+
 class LedgerError(MetaMoEError):
     """A client cannot write down what it is about to send, so it sends nothing."""
 

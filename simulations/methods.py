@@ -210,6 +210,15 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "top-3": ("router.top-k=3",),
     },
     "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
+    "privacy": {
+        "vectors at epsilon 1": ("privacy.vectors=gaussian", "privacy.epsilon=1"),
+        "vectors at epsilon 2": ("privacy.vectors=gaussian", "privacy.epsilon=2"),
+        "vectors at epsilon 4": ("privacy.vectors=gaussian", "privacy.epsilon=4"),
+        "vectors at epsilon 8": ("privacy.vectors=gaussian", "privacy.epsilon=8"),
+        "vectors at 4, experts at 8": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),
+        "vectors at 4, experts at 3": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
+        "vectors at 4, experts from proxies alone": ("privacy.vectors=gaussian", "expert-training.samples=proxies"),
+    },
     "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
 }
 # What the paper's own ablations take away, from the paper's own method.

@@ -1,10 +1,13 @@
 """Where proxies lie beside private samples, in two dimensions: the counterpart of the paper's Figure 2."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
 from client.profile import profile
+from client.site import Site
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import load_private, load_public, public_fingerprint
@@ -25,7 +28,11 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
     with threads(settings.compute.server_threads):
         features = public_features(seed, [], public, public_fingerprint(settings.data), lambda _done, _total: None)[:, -1]
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
-        profiles = [profile(seed, settings, client, data, public) for client, data in enumerate(private)]
+        sites = [Site(client, Path()) for client in range(settings.clients)]
+        profiles = [
+            profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1))
+            for site, data in zip(sites, private, strict=True)
+        ]
         picked = {name: select_proxies(features, profiles, _selecting(settings, name)) for name in _SELECTIONS}
         maps = {}
         for client, name in enumerate(settings.client_names):

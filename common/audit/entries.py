@@ -37,11 +37,14 @@ class ArrayEntry(_Line):
 
 
 class Spent(_Line):
-    """Differential privacy spent by a message: (epsilon, delta), and the arrays that it covers."""
+    """Differential privacy spent by a message: (epsilon, delta) of a Gaussian mechanism, and the arrays that it covers."""
 
     covers: list[ArrayName]
     epsilon: float = Field(ge=0, allow_inf_nan=False)
     delta: float = Field(ge=0, le=1)
+    noise_multiplier: float = Field(gt=0, allow_inf_nan=False, description="in units of the sensitivity")
+    sampling_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
 
 
 class Open(_Line):

@@ -83,6 +83,15 @@ class Ledger:
         if not any(isinstance(known, Open) for known in self.run(entry.run)):
             self.append(entry)
 
+    def entries(self) -> list[Entry]:
+        """All entries, of all runs.
+
+        Raises:
+            LedgerError: a line is none.
+        """
+        with _ledger_errors(self._file), self._lock:
+            return [Line.model_validate_json(raw).entry for raw in self._whole_lines()]
+
     def run(self, run: str) -> list[Entry]:
         """The entries of one run so far.
 

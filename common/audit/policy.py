@@ -15,9 +15,10 @@ import numpy as np
 import tomli_w
 from pydantic import Field, ValidationError
 
-from common.audit.entries import ArrayEntry, Entry, Intent
+from common.audit.entries import ArrayEntry, Entry, Intent, Spent
 from common.config import Count, NonNegative, Positive, Section, Settings
-from common.errors import InputFileError, PolicyError, first_problem
+from common.errors import BudgetError, InputFileError, PolicyError, first_problem
+from common.privacy import Mechanism, total_epsilon
 
 ArtifactKind = Literal[
     "client",
@@ -37,11 +38,13 @@ class Rule(Section):
 
     Attributes:
         purpose: what for, in the owner's words.
+        private: it leaves only with differential privacy.
         max_norm: largest Euclidean norm of one array.
         releases_per_run: how often in one run.
     """
 
     purpose: str
+    private: bool = False
     max_norm: Positive = 1_000.0
     releases_per_run: Count = 1
 
@@ -164,6 +167,41 @@ def check_request(policy: Policy, settings: Settings, arrays: Sequence[str], led
         # A ledger's own key and signature are two messages of one kind.
         if before >= policy.allow[kind].releases_per_run * (2 if kind == "ledger" else 1):
             raise PolicyError(f"{kind!r} was released {before} times in this run, and this client's policy allows no more")
+
+
+def check_budget(policy: Policy, planned: Sequence[Spent], arrays: Sequence[str], ledger: Sequence[Entry]) -> None:
+    """Whether what a reply would spend is left, and what needs differential privacy has it; asked before anything is computed.
+
+    Args:
+        policy: the owner's.
+        planned: what the reply would spend.
+        arrays: the names of what it would hold.
+        ledger: all entries of this client, of all runs.
+
+    Raises:
+        BudgetError: too much, or too little.
+    """
+    covered = {name for spent in planned for name in spent.covers}
+    for name in arrays:
+        rule = policy.allow.get(kind_of_array(name))
+        if rule and rule.private and name not in covered:
+            raise BudgetError(
+                f"this client's policy lets {kind_of_array(name)!r} leave with differential privacy only; see the "
+                "settings of the group privacy"
+            )
+    if policy.budget and planned:
+        before = [spent for entry in ledger if isinstance(entry, Intent) for spent in entry.spent]
+        total = epsilon_of([*before, *planned], policy.budget.delta)
+        if total > policy.budget.epsilon:
+            raise BudgetError(
+                f"after this reply all runs together would have spent epsilon = {total:.2f} at delta = "
+                f"{policy.budget.delta:g}; this client's policy allows {policy.budget.epsilon:g}"
+            )
+
+
+def epsilon_of(spent: Sequence[Spent], delta: float) -> float:
+    """The epsilon of all these releases together."""
+    return total_epsilon([Mechanism(s.noise_multiplier, s.sampling_rate, s.steps) for s in spent], delta)
 
 
 def check_private_samples(policy: Policy, count: int) -> None:

@@ -1,0 +1,78 @@
+"""Training an expert with differential privacy: DP-SGD (Abadi et al. 2016) on its LoRA parameters, by Opacus."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from common.config import Settings
+from common.data.tasks import all_pixels, class_logits, labels_in, text_features
+from common.model.lora import Expert, expert_of, rounded, with_lora
+from common.model.seed import Seed, embed
+from common.privacy import Mechanism
+
+
+def train_with_privacy(
+    seed: Seed,
+    settings: Settings,
+    private: Dataset,
+    space: Sequence[str],
+    start: Expert,
+    mechanism: Mechanism,
+    rng: np.random.Generator,
+    progress: Callable[[int, int], None],
+) -> Expert:
+    """Go on from an expert that no private sample has touched, with clipped and noisy gradients of the private samples.
+
+    Each step takes every sample with probability ``mechanism.sampling_rate``, clips its gradient to C, and divides the sum,
+    with Gaussian noise of standard deviation C x ``noise_multiplier``, by the public number ``privacy.expert-batch-size``.
+    Steps, rate and noise are the settings'; only the time a step takes depends on how many samples there are.
+
+    Args:
+        seed: the frozen seed.
+        settings: the run's; ``privacy`` and ``lora`` apply.
+        private: the private training samples.
+        space: the class names told apart.
+        start: the expert to go on from.
+        mechanism: of :func:`common.privacy.expert_mechanism`.
+        rng: where sampling and noise come from.
+        progress: called with steps done and in all.
+
+    Returns:
+        The expert as it is sent, in float16.
+    """
+    # Slow to import, and for those who ask for it.
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    privacy = settings.privacy
+    texts = text_features(seed, space, settings.data.prompt)
+    pixels, labels = all_pixels(seed, private), labels_in(private, space)
+    model = with_lora(seed, settings.lora, start)
+    observed = GradSampleModule(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    optimizer = DPOptimizer(
+        torch.optim.AdamW(parameters, lr=privacy.expert_learning_rate, weight_decay=0.0),
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=privacy.expert_clip,
+        expected_batch_size=privacy.expert_batch_size,
+        generator=generator,
+    )
+    for step in range(mechanism.steps):
+        progress(step, mechanism.steps)
+        chosen = torch.from_numpy(np.flatnonzero(rng.random(len(labels)) < mechanism.sampling_rate))
+        optimizer.zero_grad(set_to_none=True)
+        if len(chosen):
+            logits = class_logits(model, embed(model, pixels[chosen]), texts)
+            F.cross_entropy(logits, labels[chosen]).backward()
+        else:
+            # The noise is added all the same: that nobody was chosen is not to be seen either.
+            for parameter in parameters:
+                parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+        optimizer.step()
+    progress(mechanism.steps, mechanism.steps)
+    observed.remove_hooks()
+    return rounded(expert_of(model))
