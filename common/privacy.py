@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy.linalg import solve_triangular
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
@@ -95,10 +96,10 @@ def private_means(
 ) -> np.ndarray:
     """Means of private features in one release of the Gaussian mechanism.
 
-    Features are centred and whitened by the mean and the shrunk covariance of public ones, which cost nothing, each of the P
-    features by itself; a sample's P whitened vectors side by side are clipped to B = clip sqrt(P d), and their mean gets
-    Gaussian noise of standard deviation noise x 2 B / minimum. Replacing, adding or removing one of N >= minimum samples moves
-    the mean by at most 2 B / N; as the noise goes by ``minimum``, it does not tell N.
+    A sample's P features, side by side, are centred and whitened by the mean and the shrunk covariance of public ones, which
+    cost nothing: so the noise is smallest where the router looks closest. What comes out is clipped to B = clip sqrt(P d), and
+    its mean gets Gaussian noise of standard deviation noise x 2 B / minimum. Replacing, adding or removing one of N >= minimum
+    samples moves the mean by at most 2 B / N; as the noise goes by ``minimum``, it does not tell N.
 
     Args:
         private: [N, P, d].
@@ -111,11 +112,10 @@ def private_means(
     Returns:
         float64 [P, d].
     """
-    centre = public.mean(axis=0, dtype=np.float64)
-    factors = np.stack([np.linalg.cholesky(shrunk_covariance(public[:, p])) for p in range(public.shape[1])])
-    whitened = np.stack([np.linalg.solve(factor, (private[:, p] - centre[p]).T).T for p, factor in enumerate(factors)], axis=1)
-    flat = whitened.reshape(len(private), -1)
-    bound = clip * math.sqrt(flat.shape[1])
-    mean = clipped(flat, bound).mean(axis=0)
+    shape = private.shape[1:]
+    own, others = (features.reshape(len(features), -1).astype(np.float64) for features in (private, public))
+    centre, factor = others.mean(axis=0), np.linalg.cholesky(shrunk_covariance(others))
+    bound = clip * math.sqrt(len(centre))
+    mean = clipped(solve_triangular(factor, (own - centre).T, lower=True).T, bound).mean(axis=0)
     mean += rng.normal(scale=noise * 2 * bound / minimum, size=mean.shape)
-    return centre + np.einsum("pij,pj->pi", factors, mean.reshape(centre.shape))
+    return (centre + factor @ mean).reshape(shape)

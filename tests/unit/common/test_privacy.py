@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from common.config import load_settings
 from common.errors import InvalidSettingError
+from common.fisher import shrunk_covariance
 from common.privacy import Mechanism, clipped, expert_mechanism, noise_multiplier, private_means, total_epsilon
 from tests.conftest import random_features
 
@@ -71,27 +72,25 @@ def test_one_record_moves_the_release_by_no_more_than_the_bound() -> None:
     noisy = [private_means(data, public, 1.5, 50, 1e-12, np.random.default_rng(0)) for data in (private, other, private[:-1])]
     unit = [private_means(data, public, 1.5, 50, 0.0, np.random.default_rng(0)) for data in (private, other, private[:-1])]
     np.testing.assert_allclose(noisy, unit, atol=1e-9)
-    from common.fisher import shrunk_covariance
-
-    factors = [np.linalg.cholesky(shrunk_covariance(public[:, p])) for p in range(2)]
-    bound = 1.5 * np.sqrt(12)
+    factor, bound = whitening(public), 1.5 * np.sqrt(12)
     for changed in unit[1:]:
-        difference = [np.linalg.solve(factor, (changed - unit[0])[p]) for p, factor in enumerate(factors)]
-        assert 0 < np.linalg.norm(difference) <= 2 * bound / 50
+        assert 0 < np.linalg.norm(np.linalg.solve(factor, (changed - unit[0]).ravel())) <= 2 * bound / 50
+
+
+def whitening(public: np.ndarray) -> np.ndarray:
+    return np.linalg.cholesky(shrunk_covariance(public.reshape(len(public), -1)))
 
 
 def test_the_noise_is_as_large_as_promised_and_does_not_depend_on_the_amount_of_data() -> None:
     """Over 400 releases the whitened noise has the standard deviation noise x 2 B / minimum, for 60 samples and for 600."""
-    from common.fisher import shrunk_covariance
-
     public = features(300, 2)
-    factor = np.linalg.cholesky(shrunk_covariance(public[:, 0]))
+    factor = whitening(public)
     promised = 1.08 * 2 * np.sqrt(12) / 50
     for count in (60, 600):
         private = features(count, 1)
         exact = private_means(private, public, 1.0, 50, 0.0, np.random.default_rng(0))
         rng = np.random.default_rng(3)
-        released = [private_means(private, public, 1.0, 50, 1.08, rng)[0] - exact[0] for _ in range(400)]
+        released = [(private_means(private, public, 1.0, 50, 1.08, rng) - exact).ravel() for _ in range(400)]
         noise = np.linalg.solve(factor, np.array(released).T)
         assert noise.std() == pytest.approx(promised, rel=0.05)
         # Normal: one in twenty is beyond 1.96 deviations.
