@@ -1,12 +1,11 @@
 """The pages of an audit: one for the federation, one for each client; each a file that needs nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.audit.entries import ArrayEntry, Arrival, Intent, Open, Receipt, Refusal, Seal
-from common.audit.policy import ArtifactKind
+from common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
 from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
-from common.audit.words import EXPLAINED, policy_lines, released
+from common.audit.words import EXPLAINED, policy_lines, privacy_of, released
 from common.errors import InputFileError
 from common.files import write_atomically
 from simulations.ledgers import Ledgers
@@ -66,7 +65,7 @@ def federation_page(clients: Sequence[Checked], server: Checked | None, findings
         tag("h2", "The server's ledger"),
         tag("p", f"{len(server.of(Arrival))} arrivals, {len(server.runs)} runs, key {server.key}." if server else "Not here."),
         tag("h2", "What the clients sent, and what it means"),
-        _explained(released(intent for client in clients for intent in client.of(Intent))),
+        _explained([intent for client in clients for intent in client.of(Intent)]),
     ]
     return document("What the clients of this federation sent", *parts)
 
@@ -87,7 +86,7 @@ def client_page(client: Checked, server: Checked | None, findings: Sequence[Find
             signed = "the server signed for it" if receipt else "the server's signature is in its own ledger"
             parts += [
                 tag("h3", intent.stage, tag("span", signed, class_="sum")),
-                _explained(released([intent])),
+                _explained([intent]),
                 tag("details", tag("summary", f"{len(intent.arrays)} arrays"), array_table(intent.arrays)),
             ]
         refusals = [f"Refused in stage {r.stage}: error code {r.code} was sent, nothing else." for r in client.of(Refusal, run)]
@@ -121,13 +120,15 @@ def _verdict(findings: Sequence[Finding], fine: str) -> Html:
     return join([tag("p", tag("strong", f"Found: {MEANING[worst(findings)]}.")), tag("ul", *listed)])
 
 
-def _explained(artifacts: Mapping[ArtifactKind, Sequence[ArrayEntry]]) -> Html:
-    """A list of what was sent, in words."""
-    items = []
-    for kind, arrays in artifacts.items():
+def _explained(intents: Sequence[Intent]) -> Html:
+    """A list of what was sent, in words, and by which epsilon it is covered."""
+    items, privacy = [], privacy_of(intents)
+    for kind, arrays in released(intents).items():
         words, size = EXPLAINED[kind], f"{sum(array.bytes for array in arrays):,} bytes"
         text = f": {words.what}; computed: {words.how}; from: {words.samples}. Can reveal: {words.reveals}."
-        items.append(tag("li", tag("strong", kind), f" ({size})", text))
+        spent = {f"epsilon {spent.epsilon:g}, delta {spent.delta:g}" for spent in privacy[kind]}
+        covered = f" Covered by {'; '.join(sorted(spent))}." if spent else ""
+        items.append(tag("li", tag("strong", kind), f" ({size})", text + covered))
     return tag("ul", *items)
 
 

@@ -12,9 +12,9 @@ from rich.table import Column, Table
 
 from common.audit.entries import Intent, line_schema
 from common.audit.keys import read_public
-from common.audit.policy import DEFAULT, kind_of_array, load_policy, policy_text
+from common.audit.policy import DEFAULT, epsilon_of, kind_of_array, load_policy, policy_text
 from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
-from common.audit.words import EXPLAINED, policy_lines, released
+from common.audit.words import EXPLAINED, policy_lines, privacy_of, released
 from common.config import load_settings
 from common.errors import InputFileError
 from common.files import write_atomically
@@ -129,6 +129,35 @@ def explain(place: Place) -> None:
                 _console.print(
                     f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
                 )
+
+
+@audit.command()
+def budget(
+    place: Place,
+    delta: Annotated[float, typer.Option(min=1e-12, max=0.5, help="Delta at which epsilon is said.")] = 1e-5,
+) -> None:
+    """Add up the differential privacy that each client has spent, over all its runs: by artifact and in all, and what is covered
+    by no epsilon.
+    """
+    with ledgers_at(place) as found:
+        clients = [check_ledger(folder) for folder in found.clients]
+    if not clients:
+        raise InputFileError(f"{place} holds no client's ledger")
+    table = Table("client", "artifact", "releases", f"epsilon at delta {delta:g}")
+    for client in clients:
+        intents = client.of(Intent)
+        for kind, spent in privacy_of(intents).items():
+            if kind in ("client", "ledger"):
+                continue
+            covered = f"{epsilon_of(spent, delta):.3f}" if spent else "none: exact, no epsilon"
+            table.add_row(client.name, kind, str(sum(kind in released([intent]) for intent in intents)), covered)
+        total = epsilon_of([spent for intent in intents for spent in intent.spent], delta)
+        limits = {f"{p.budget.epsilon:g} at {p.budget.delta:g}" for p in client.policies.values() if p.budget}
+        table.add_row(
+            client.name, "all that is covered", "", f"{total:.3f}, of {', '.join(limits) or 'no limit'}", end_section=True
+        )
+    _console.print(table)
+    _show(clients, [finding for client in clients for finding in client.findings])
 
 
 @audit.command()

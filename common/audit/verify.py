@@ -31,7 +31,7 @@ from common.audit.entries import (
 from common.audit.keys import public_file, read_public, signed_by
 from common.audit.ledger import HEAD, LEDGER
 from common.audit.merkle import merkle_root
-from common.audit.policy import Policy, kind_of_array, load_policy, policy_hash
+from common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy, policy_hash
 from common.errors import InputFileError, PolicyError, first_problem
 
 _Kind = TypeVar("_Kind", bound=Entry)
@@ -112,6 +112,7 @@ def check_ledger(folder: Path, key: str | None = None, server: str | None = None
     checked.findings.extend(_read_policies(checked, folder))
     for run in checked.runs:
         checked.findings.extend(_check_run(checked, run, server))
+    checked.findings.extend(_check_budget(checked))
     return checked
 
 
@@ -261,25 +262,41 @@ def _check_receipts(checked: Checked, run: str, where: str, server: str) -> Iter
 
 
 def _check_policy(policy: Policy, where: str, intents: Sequence[Intent]) -> Iterator[Finding]:
-    released: Counter[str] = Counter()
+    released: Counter[ArtifactKind] = Counter()
     total = 0
     for intent in intents:
         kinds = set()
+        covered = {name for spent in intent.spent for name in spent.covers}
         for array in intent.arrays:
             total += array.bytes
             try:
-                kinds.add(kind_of_array(array.name))
+                kind = kind_of_array(array.name)
             except PolicyError as error:
                 yield Finding(Verdict.VIOLATION, where, f"sent {intent.stage}: {error}")
+                continue
+            kinds.add(kind)
+            if kind in policy.allow and policy.allow[kind].private and array.name not in covered:
+                yield Finding(Verdict.VIOLATION, where, f"sent {array.name!r} without the differential privacy it needs")
         released.update(kinds)
     for kind, count in released.items():
-        rule = policy.allow.get(kind)  # type: ignore[call-overload]
+        rule = policy.allow.get(kind)
         if rule is None:
             yield Finding(Verdict.VIOLATION, where, f"sent {kind!r}, which the policy does not allow")
         elif count > rule.releases_per_run * (2 if kind == "ledger" else 1):
             yield Finding(Verdict.VIOLATION, where, f"sent {kind!r} {count} times; the policy allows {rule.releases_per_run}")
     if total > policy.limits.max_bytes_per_run:
         yield Finding(Verdict.VIOLATION, where, f"sent {total:,} bytes; the policy allows {policy.limits.max_bytes_per_run:,}")
+
+
+def _check_budget(checked: Checked) -> Iterator[Finding]:
+    """All runs together, against the budget of the policy that the last one ran under."""
+    policies = [checked.policies[entry.policy] for entry in checked.of(Open) if entry.policy in checked.policies]
+    if not policies or not (budget := policies[-1].budget):
+        return
+    total = epsilon_of([spent for intent in checked.of(Intent) for spent in intent.spent], budget.delta)
+    if total > budget.epsilon:
+        what = f"spent epsilon {total:.2f} at delta {budget.delta:g}; the policy allows {budget.epsilon:g}"
+        yield Finding(Verdict.OVER_BUDGET, checked.name, what)
 
 
 def _differences(sent: Sequence[ArrayEntry], arrived: Sequence[ArrayEntry]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from common.audit.entries import ArrayEntry, Intent
+from common.audit.entries import ArrayEntry, Intent, Spent
 from common.audit.policy import ArtifactKind, Policy, kind_of_array
 from common.errors import PolicyError
 
@@ -83,8 +83,9 @@ def policy_lines(policy: Policy) -> list[str]:
         if rule is None:
             lines.append(f"{kind} never leaves: {words.what}.")
             continue
+        private = " with differential privacy" if rule.private else ""
         times = "once" if rule.releases_per_run == 1 else f"{rule.releases_per_run} times"
-        lines.append(f"{kind} may leave {times} in a run: {words.what}. Purpose: {rule.purpose}.")
+        lines.append(f"{kind} may leave {times} in a run{private}: {words.what}. Purpose: {rule.purpose}.")
     limits = policy.limits
     lines.append(
         "Nothing else leaves: no text, no metric, no example count, no array of another name, type or shape. A failure leaves "
@@ -103,6 +104,16 @@ def policy_lines(policy: Policy) -> list[str]:
     else:
         lines.append("There is no limit to what all runs together reveal: no privacy budget is set.")
     return lines
+
+
+def privacy_of(intents: Iterable[Intent]) -> dict[ArtifactKind, list[Spent]]:
+    """What each kind of artifact has spent; nothing for one that is covered by no epsilon."""
+    by_kind: dict[ArtifactKind, list[Spent]] = {}
+    for intent in intents:
+        for kind in released([intent]):
+            spent = [s for s in intent.spent if any(kind_of_array(name) == kind for name in s.covers)]
+            by_kind.setdefault(kind, []).extend(spent)
+    return by_kind
 
 
 def released(intents: Iterable[Intent]) -> dict[ArtifactKind, list[ArrayEntry]]:

@@ -30,7 +30,7 @@ from common.audit.verify import Verdict, check_ledger, worst
 from common.audit.words import EXPLAINED, policy_lines
 from common.config import Settings, changed, load_settings, preset_names
 from common.data.datasets import public_fingerprint
-from common.errors import InputFileError, LedgerError, MetaMoEError, PolicyError, ProtocolError
+from common.errors import BudgetError, InputFileError, LedgerError, MetaMoEError, PolicyError, ProtocolError
 from common.model.seed import load_seed
 from common.wire import (
     ARRAYS,
@@ -425,3 +425,47 @@ def test_a_changed_policy_file_is_found_out(small: Settings, tmp_path: Path) -> 
     (stored,) = folder.glob("policy-*.toml")
     stored.write_text(stored.read_text().replace("version = 1", "version = 1\nbudget = {epsilon = 1.0, delta = 0.1}"))
     assert worst(check_ledger(folder).findings) is Verdict.TAMPERED
+
+
+GAUSSIAN = ["privacy.vectors=gaussian", "privacy.epsilon=2", "privacy.min-samples=30"]
+
+
+def budgeted(epsilon: float, tmp_path: Path) -> Path:
+    allow = {kind: rule.model_copy(update={"private": kind.startswith("seed-")}) for kind, rule in SIMULATION.allow.items()}
+    return written(SIMULATION.model_copy(update={"allow": allow, "budget": Budget(epsilon=epsilon, delta=1e-5)}), tmp_path)
+
+
+def test_a_run_beyond_the_budget_is_refused_before_anything_is_computed(small: Settings, tmp_path: Path) -> None:
+    """Two releases at epsilon 2 are one at 2.96: the third would be at 3.75."""
+    site = Site(0, tmp_path / "state", policy=budgeted(3.0, tmp_path))
+    settings = changed(small, GAUSSIAN)
+    for _ in range(2):
+        audited("profile", request(settings), site, lambda _: encode_reply(honest(settings)))
+    with pytest.raises(BudgetError, match=r"epsilon = 3\.\d\d at delta = 1e-05; this client's policy allows 3"):
+        audited("profile", request(settings), site, lambda _: pytest.fail("computed"))
+    ledger = check_ledger(site.audit)
+    spent = [spent for intent in ledger.of(Intent) for spent in intent.spent]
+    assert [(s.epsilon, s.delta, s.covers) for s in spent] == [(2.0, 1e-5, [VECTOR, "seed-ffn-inputs"])] * 2
+    assert ledger.of(Refusal)[0].code == BudgetError.exit_code
+    assert Verdict.OVER_BUDGET not in {finding.verdict for finding in ledger.findings}
+
+
+def test_what_needs_differential_privacy_does_not_leave_without(small: Settings, tmp_path: Path) -> None:
+    site = Site(0, tmp_path / "state", policy=budgeted(3.0, tmp_path))
+    with pytest.raises(BudgetError, match="with differential privacy only"):
+        audited("profile", request(small), site, lambda _: pytest.fail("computed"))
+
+
+def test_a_ledger_beyond_its_budget_is_found_out(small: Settings, tmp_path: Path, run_metamoe) -> None:
+    """The owner lowered the budget below what is already spent."""
+    settings, state = changed(small, GAUSSIAN), tmp_path / "state"
+    audited(
+        "profile", request(settings), Site(0, state, policy=budgeted(3.0, tmp_path)), lambda _: encode_reply(honest(settings))
+    )
+    audited("profile", request(small), Site(0, state), lambda _: encode_reply(honest(small)))
+    with pytest.raises(BudgetError):
+        audited("profile", request(settings), Site(0, state, policy=budgeted(1.0, tmp_path)), lambda _: pytest.fail("computed"))
+    findings = check_ledger(Site(0, state).audit).findings
+    assert Verdict.OVER_BUDGET in {finding.verdict for finding in findings}
+    assert worst(f for f in findings if f.verdict is not Verdict.INCOMPLETE) is Verdict.OVER_BUDGET
+    assert run_metamoe("audit", "budget", str(state)) == Verdict.OVER_BUDGET
