@@ -158,6 +158,10 @@ def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.n
 def _open(ledger: Ledger, site: Site, policy: Policy, terms: Request) -> None:
     """Begin the run in the ledger, keep the policy it runs under, and write down what the server has signed for."""
     envelope, digest = terms.envelope, policy_hash(policy)
+    if policy.server not in (None, envelope.key):
+        raise PolicyError(
+            f"the server's ledger has the key {envelope.key[:16]}, but this client's policy allows {policy.server[:16]} alone"
+        )
     stored = site.audit / f"policy-{digest}.toml"
     if not stored.exists():
         write_atomically(stored, policy_text(policy))

@@ -42,7 +42,7 @@ def write_connection(home: Path, name: str, connection: Mapping[str, str | bool]
     write_atomically(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: dict(connection)}}))
 
 
-def run(home: Path, connection: str, out: Path, *options: str) -> None:
+def run(home: Path, connection: str, out: Path, *options: str, audit_keys: Path | None = None) -> None:
     """Submit the app and follow the run to its end.
 
     Args:
@@ -50,6 +50,7 @@ def run(home: Path, connection: str, out: Path, *options: str) -> None:
         connection: its name.
         out: the run folder, absolute, with ``settings.toml`` in it.
         options: further ones of ``flwr run``.
+        audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
 
     Raises:
         MetaMoEError: what stopped the server's side, of the kind it had there.
@@ -57,6 +58,7 @@ def run(home: Path, connection: str, out: Path, *options: str) -> None:
     """
     error = out / "server" / "error.json"
     config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))}"
+    config += f" audit-keys={json.dumps(str(audit_keys))}" if audit_keys else ""
     submitted = flwr(home, "run", str(_write_app(home / "metamoe-app")), connection, "--run-config", config, *options)
     status = _finished(home, connection, submitted["run-id"], (error, out / "server" / "summary.json"))
     if error.is_file():
@@ -144,7 +146,7 @@ def _write_app(folder: Path) -> Path:
                 "app": {
                     "publisher": "metamoe",
                     "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
-                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower"},
+                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": ""},
                 }
             }
         },

@@ -3,11 +3,13 @@
     federation.toml           where the server is, and how many clients there are
     ca/                       ca.key, ca.crt            the operator's; ca.key goes nowhere
     server/                   server.key, server.crt    with a copy of ca.crt
+                              audit.key, audit.pub      signs the server's ledger
     clients/client-N/         node.key, node.pub        who the client is to the server
+                              policy.toml               what may leave the client; its owner's to change
                               runtime.key, runtime.crt  for its own processes among themselves; with a copy of ca.crt
 
 Server and each client have a file ``superexec.secret`` besides: what starts an app process proves with it that it may. All
-keys are ECDSA on the curve P-384, and files that must stay secret have the mode 0600.
+keys are ECDSA on the curve P-384 but the ledger's, which is Ed25519, and files that must stay secret have the mode 0600.
 """
 
 import ipaddress
@@ -26,6 +28,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.audit.keys import audit_key, public_hex
+from common.audit.policy import DEFAULT, policy_text
 from common.errors import InputFileError, InvalidSettingError, first_problem
 from common.files import write_atomically
 
@@ -92,8 +96,11 @@ def make_keys(folder: Path, federation: Federation, days: int, now: datetime) ->
         _write(folder / "server" / "server.crt", _pem(certificate), secret=False)
         _write(folder / "server" / "ca.crt", root, secret=False)
         _write_secret(folder / "server")
+        server = public_hex(audit_key(folder / "server"))
         for name in federation.names:
             _make_client(folder / "clients" / name, root, days, now)
+            policy = policy_text(DEFAULT.model_copy(update={"server": server}))
+            _write(folder / "clients" / name / "policy.toml", policy.encode(), secret=False)
         write_atomically(folder / "federation.toml", tomli_w.dumps(federation.model_dump()))
     except OSError as error:
         raise InputFileError(f"keys cannot be written to {folder}: {error}") from error

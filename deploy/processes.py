@@ -151,7 +151,7 @@ def submit(folder: Path, settings: Settings, out: Path) -> None:
         raise InvalidSettingError(
             f"clients = {settings.clients}, but the federation in {folder} has {federation.clients}; set clients to that"
         )
-    flower.run(_home(folder), CONNECTION, out)
+    flower.run(_home(folder), CONNECTION, out, audit_keys=folder / _SERVER)
 
 
 def _start_server(folder: Path, federation: Federation, running: Running) -> None:
@@ -182,6 +182,7 @@ def _start_client(folder: Path, federation: Federation, running: Running, number
     node = ["flower-supernode", "--isolation", "process", "--superlink", f"localhost:{federation.port}"]
     node += ["--root-certificates", str(own / "ca.crt"), "--auth-supernode-private-key", str(own / "node.key")]
     config = f'partition-id={number} state-dir="{own / "state"}"'
+    config += f' policy="{own / "policy.toml"}"'
     if (data := own / "data").is_dir():
         config += f' data-dir="{data}"'
     node += ["--node-config", config]

@@ -15,13 +15,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config describes: ``preset`` (name or file), ``set`` ("key=value ..."), ``out``."""
+    """Run the federation that the run config describes: ``preset`` (name or file), ``set`` ("key=value ..."), ``out``,
+    ``audit-keys`` (folder of the key that signs the server's ledger; empty for one of this run alone).
+    """
     config = context.run_config
     out = Path(str(config["out"])).absolute()
     try:
         settings = load_settings(str(config["preset"]), str(config["set"]).split())
         write_atomically(out / "settings.toml", to_toml(settings))
-        MetaMoE(settings, out).start(grid)
+        MetaMoE(settings, out, Path(str(config["audit-keys"])) if config["audit-keys"] else None).start(grid)
     except MetaMoEError as error:
         # The command that started the run reads this: Flower keeps a failed run's reason to its log.
         write_json(out / "server" / "error.json", {"code": error.exit_code, "message": str(error)})

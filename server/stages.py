@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from common.audit.keys import audit_key
 from common.audit.ledger import Ledger
 from common.compute import threads
 from common.config import Settings
@@ -22,7 +23,7 @@ from server.proxies import public_features, select_proxies, selection_record
 from server.unify import initial_routers, router_samples, unify
 
 
-def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) -> None:
+def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, audit_keys: Path | None = None) -> None:
     """Turn the clients' experts into one model.
 
     Writes ``proxies.json``, ``server/experts/``, ``model/`` and, last, ``server/summary.json`` under the run folder, and
@@ -33,6 +34,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         nodes: the clients' addresses, in any order.
         ask: how to reach them.
         out: the run folder.
+        audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
 
     Raises:
         MetaMoEError: one of its kinds, see :class:`server.exchange.Exchange`.
@@ -44,7 +46,8 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path) ->
         with _timed(timings, "prepare"):
             seed, public = load_seed(settings.seed_model), load_public(settings.data)
             public_hash = public_fingerprint(settings.data)
-            exchange = Exchange(settings, seed, public_hash, nodes, ask, events, Ledger(out / "server" / "audit"))
+            ledger = Ledger(out / "server" / "audit", audit_key(audit_keys) if audit_keys else None)
+            exchange = Exchange(settings, seed, public_hash, nodes, ask, events, ledger)
 
         # 1. Every client sends means of what the frozen seed makes of its private samples.
         with _timed(timings, "profile"):

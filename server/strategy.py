@@ -25,15 +25,16 @@ class MetaMoE(Strategy):
     Args:
         settings: of the run.
         out: the run folder.
+        audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
     """
 
-    def __init__(self, settings: Settings, out: Path) -> None:
-        self.settings, self.out = settings, out
+    def __init__(self, settings: Settings, out: Path, audit_keys: Path | None = None) -> None:
+        self.settings, self.out, self.audit_keys = settings, out, audit_keys
 
     def start(self, grid: Grid) -> None:  # type: ignore[override]
         """Run the stages; see :func:`server.stages.run_stages` for what is written and raised."""
         nodes = self._nodes(grid)
-        run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out)
+        run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out, self.audit_keys)
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Wait until as many clients are connected as the settings say."""

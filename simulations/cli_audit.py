@@ -136,8 +136,8 @@ def budget(
     place: Place,
     delta: Annotated[float, typer.Option(min=1e-12, max=0.5, help="Delta at which epsilon is said.")] = 1e-5,
 ) -> None:
-    """Add up the differential privacy that each client has spent, over all its runs: by artifact and in all, and what is covered
-    by no epsilon.
+    """Add up the differential privacy that each client has spent, over all its runs: by artifact and in all, and what is
+    covered by no epsilon.
     """
     with ledgers_at(place) as found:
         clients = [check_ledger(folder) for folder in found.clients]

@@ -15,7 +15,7 @@ import numpy as np
 import tomli_w
 from pydantic import Field, ValidationError
 
-from common.audit.entries import ArrayEntry, Entry, Intent, Spent
+from common.audit.entries import ArrayEntry, Digest, Entry, Intent, Spent
 from common.config import Count, NonNegative, Positive, Section, Settings
 from common.errors import BudgetError, InputFileError, PolicyError, first_problem
 from common.privacy import Mechanism, total_epsilon
@@ -74,6 +74,7 @@ class Policy(Section):
     allow: dict[ArtifactKind, Rule]
     limits: Limits = Limits()
     budget: Budget | None = None
+    server: Digest | None = Field(None, description="public key of the server's ledger; a run of any other server is refused")
 
 
 DEFAULT = Policy(

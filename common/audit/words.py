@@ -99,6 +99,8 @@ def policy_lines(policy: Policy) -> list[str]:
         lines.append(f"Replies wait for the next multiple of {limits.reply_time_step:g} seconds after the request.")
     else:
         lines.append("Replies leave as soon as they are computed: the time taken tells the amount of data.")
+    if policy.server:
+        lines.append(f"Only for runs of the server whose ledger has the key {policy.server[:16]}….")
     if budget := policy.budget:
         lines.append(f"All runs together may spend epsilon {budget.epsilon:g}, delta {budget.delta:g} of differential privacy.")
     else:

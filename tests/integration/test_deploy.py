@@ -1,27 +1,41 @@
 """A federation of separate processes, with TLS and node authentication: the simulation's result, and who is refused."""
 
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import tomli_w
 
-from common.config import Settings, to_toml
+from common.audit.entries import Intent
+from common.audit.keys import read_public
+from common.audit.policy import load_policy
+from common.audit.verify import check_ledger, reconcile
+from common.config import Settings, load_settings, to_toml
 from common.errors import InputFileError, InvalidSettingError, RunFailedError
 from common.files import write_atomically
 from common.model.artifact import load_model
 from deploy import flower
 from deploy.keys import Federation, make_keys, read_federation
-from deploy.processes import Running, down, register, status, up
+from deploy.processes import Running, _start_server, down, register, status, up
 from simulations.local import run_local
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
+SMALL_GLYPHS = (
+    *("data.private-samples=60", "data.public-samples=300", "proxies.count=20", "proxies.pool=100"),
+    *("expert-training.epochs=1", "router-training.epochs=1", "clients=1"),
+)
+# Bytes a run of one client, about twice what was seen: 135 KB of requests for objects, 360 bytes a second of polling.
+FRAMING = 300_000
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +68,13 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
     run = start(federation, small, tmp_path / "deployed")
     shown, _ = run.communicate(timeout=400)
     assert run.returncode == 0, shown
+    server = check_ledger(tmp_path / "deployed" / "server" / "audit", read_public(federation / "server" / "audit.pub"))
+    assert server.findings == []
+    for number in range(3):
+        client = check_ledger(federation / "clients" / f"client-{number}" / "state" / "audit" / f"client-{number}")
+        assert client.findings == []
+        assert reconcile(client, server) == []
+        assert list(client.policies.values()) == [load_policy(federation / "clients" / f"client-{number}" / "policy.toml")]
     run_local(small, tmp_path / "local")
     assert (tmp_path / "deployed" / "proxies.json").read_bytes() == (tmp_path / "local" / "proxies.json").read_bytes()
     models = [load_model(tmp_path / name / "model").model for name in ("deployed", "local")]
@@ -152,3 +173,68 @@ def test_settings_for_another_number_of_clients_are_refused(federation: Path, sm
     shown, _ = run.communicate(timeout=60)
     assert run.returncode == InvalidSettingError.exit_code
     assert "clients = 4, but the federation" in shown
+
+
+class Counter(threading.Thread):
+    """A TCP forwarder that counts the bytes of both directions."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.target = self.listener.getsockname()[1], target
+        self.up = self.down = 0
+
+    def run(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self.target))
+            for source, sink, direction in ((client, server, "up"), (server, client, "down")):
+                threading.Thread(target=self._forward, args=(source, sink, direction), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                setattr(self, direction, getattr(self, direction) + len(data))
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_bytes_on_the_wire_are_those_of_the_ledger_and_framing(tmp_path: Path) -> None:
+    """What leaves a client's sockets, counted under TLS, against what its ledger says it sent.
+
+    Framing is what Flower adds: requests for each object of a message, heartbeats, polling. It is the same for experts of twice
+    the size, so what a larger expert adds on the wire is its own bytes.
+    """
+    folder = tmp_path / "federation"
+    server = Federation(host="localhost", port=flower.free_port(), clients=1)
+    make_keys(folder, server, 30, datetime.now(UTC))
+    counter = Counter(server.port)
+    counter.start()
+    on_the_wire = []
+    try:
+        _start_server(folder, server, Running())
+        # The client is told another port, where the counter listens.
+        told = server.model_copy(update={"port": counter.port})
+        write_atomically(folder / "federation.toml", tomli_w.dumps(told.model_dump()))
+        up(folder, lambda _: None)
+        for rank in (16, 64):
+            before = counter.up
+            run = start(folder, load_settings("glyphs", [*SMALL_GLYPHS, f"lora.rank={rank}"]), tmp_path / f"run-{rank}")
+            shown, _ = run.communicate(timeout=400)
+            assert run.returncode == 0, shown
+            on_the_wire.append(counter.up - before)
+    finally:
+        down(folder)
+        counter.listener.close()
+    ledger = check_ledger(folder / "clients" / "client-0" / "state" / "audit" / "client-0")
+    assert ledger.findings == []
+    arrays = [sum(array.bytes for intent in ledger.of(Intent, run) for array in intent.arrays) for run in ledger.runs]
+    assert arrays == [206_472, 820_872]
+    framing = [wire - own for wire, own in zip(on_the_wire, arrays, strict=True)]
+    assert all(0 < bytes_ < FRAMING for bytes_ in framing), framing
+    assert framing[1] - framing[0] < 0.05 * (arrays[1] - arrays[0]), framing
