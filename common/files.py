@@ -36,6 +36,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote."""
+    return json.loads(path.read_text())
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of ``path`` if the block ends well and vanishes if it does not."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from common.audit.entries import Intent, line_schema
@@ -17,7 +18,7 @@ from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconci
 from common.audit.words import EXPLAINED, policy_lines, privacy_of, released
 from common.config import load_settings
 from common.errors import InputFileError
-from common.files import write_atomically
+from common.files import write_atomically, write_json
 from simulations.audit_report import MEANING, write_pages
 from simulations.ledgers import ledgers_at, write_bundle
 
@@ -223,6 +224,39 @@ def canary(
     verdict = Verdict.VIOLATION if found.found else Verdict.INCOMPLETE if found.blind else Verdict.FINE
     _console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
     raise typer.Exit(int(verdict))
+
+
+@audit.command()
+def attack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished simulation on built-in data.")],
+    shadows: Annotated[
+        int, typer.Option(min=0, help="Shadow experts of each client for the likelihood ratio attack; 0 leaves it out.")
+    ] = 8,
+) -> None:
+    """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
+    membership from the expert's weights. Writes attack.json to the run's folder.
+    """
+    from simulations.attacks import as_json
+    from simulations.attacks import attack as attacked
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("shadow experts"), console=_console) as progress:
+        task = progress.add_task("shadow experts", total=None)
+        results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total))
+    settings = load_settings(str(run / "settings.toml"))
+    write_json(run / "attack.json", as_json(settings, results))
+    privacy = settings.privacy
+    title = f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}"
+    header = ("client", "error of the mean", "class mix, r", "top class", "loss AUC", "LiRA AUC", "found at 1% false")
+    table = Table(*header, title=title)
+    for name, result in results.items():
+        numbers = (result.loss_auc, result.lira_auc, result.lira_tpr)
+        mix = "" if result.class_mix is None else f"{result.class_mix:.2f}"
+        error = "" if result.mean_error is None else f"{result.mean_error:.3f}"
+        table.add_row(
+            name, error, mix, "right" if result.top_class else "wrong", *("" if n is None else f"{n:.3f}" for n in numbers)
+        )
+    _console.print(table)
 
 
 @audit.command()

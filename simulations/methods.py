@@ -215,9 +215,11 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "vectors at epsilon 2": ("privacy.vectors=gaussian", "privacy.epsilon=2"),
         "vectors at epsilon 4": ("privacy.vectors=gaussian", "privacy.epsilon=4"),
         "vectors at epsilon 8": ("privacy.vectors=gaussian", "privacy.epsilon=8"),
-        "vectors at 4, experts at 8": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),
-        "vectors at 4, experts at 3": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
-        "vectors at 4, experts from proxies alone": ("privacy.vectors=gaussian", "expert-training.samples=proxies"),
+    },
+    "dp-sgd": {
+        "experts at epsilon 8": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),
+        "experts at epsilon 3": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
+        "experts from proxies alone": ("privacy.vectors=gaussian", "expert-training.samples=proxies"),
     },
     "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
 }

@@ -1,0 +1,191 @@
+"""Attacks on a simulation's own run: what a server that keeps to the protocol could learn from what arrived.
+
+They need the private data to know how well they did, so they run where that is: on a simulation's folder.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, concatenate_datasets
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from client.expert import expert_samples, train_expert
+from client.profile import profile
+from client.site import Site
+from common.compute import derived_seed, threads
+from common.config import Settings, load_settings
+from common.data.datasets import label_space, load_private, load_public
+from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
+from common.errors import InputFileError
+from common.files import read_json
+from common.model.lora import Expert, with_lora
+from common.model.seed import Seed, embed, load_seed
+from server.experts import stored_expert
+
+_SHADOWS = 23
+_GUESSES = 1_000
+
+
+@dataclass(frozen=True)
+class ClientAttack:
+    """What attacks on one client came to.
+
+    Attributes:
+        mean_error: distance of the private mean as an attacker has it from the true one, over the true one's distance from the
+            public mean; with router.vectors = private the median over guesses of the amount of data between a third and three
+            times the true one. None if no mean was sent.
+        class_mix: correlation of the proxies' classes, as the seed sees them, with the private classes. None if all private
+            classes are equally many.
+        top_class: whether the largest private class is the largest among the proxies too.
+        loss_auc: area under the curve of telling training from test samples by the expert's loss; 0.5 is guessing.
+        lira_auc, lira_tpr: the same by the likelihood ratio attack (Carlini et al. 2022), and the share of training samples
+            found when one in a hundred others is taken for one. None without shadow experts.
+    """
+
+    mean_error: float | None
+    class_mix: float | None
+    top_class: bool
+    loss_auc: float
+    lira_auc: float | None
+    lira_tpr: float | None
+
+
+def attack(run: Path, shadows: int, progress: Callable[[int, int], None]) -> dict[str, ClientAttack]:
+    """Attack every client of a finished simulation.
+
+    Args:
+        run: its folder.
+        shadows: shadow experts for each client, each trained on half of what might have been trained on; zero for none.
+        progress: called with experts trained and in all.
+
+    Raises:
+        InputFileError: the folder holds no finished simulation.
+    """
+    try:
+        settings = load_settings(str(run / "settings.toml"))
+        picks = read_json(run / "proxies.json")["clients"]
+        experts = [stored_expert(run / "server" / "experts" / name) for name in settings.client_names]
+    except (OSError, KeyError, ValueError) as error:
+        raise InputFileError(f"{run} is not the folder of a finished simulation: {error}") from error
+    if settings.data.private == "own":
+        raise InputFileError(f"{run} is a run on the clients' own data, which is not here to compare with")
+    seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    results = {}
+    with threads(settings.compute.server_threads):
+        for client, name in enumerate(settings.client_names):
+            proxies = public.select(picks[name]["ids"])
+            done = partial(_shifted, progress, client * shadows, settings.clients * shadows)
+            private, expert = load_private(settings, client, "train"), experts[client][0]
+            held = load_private(settings, client, settings.data.evaluate_on)
+            mix, top = class_mix(seed, settings, private, proxies)
+            losses = [confidence(seed, settings, expert, data, private, public) for data in (private, held)]
+            lira = likelihood_ratio(seed, settings, client, expert, private, held, proxies, public, shadows, done)
+            results[name] = ClientAttack(
+                mean_error(seed, settings, client, private, public),
+                mix,
+                top,
+                _auc(*losses),
+                _auc(*lira) if lira else None,
+                _rate_at(*lira) if lira else None,
+            )
+    return results
+
+
+def as_json(settings: Settings, results: dict[str, ClientAttack]) -> dict[str, object]:
+    """The results with the privacy they were got under."""
+    return {"privacy": settings.privacy.model_dump(), "clients": {name: asdict(result) for name, result in results.items()}}
+
+
+def mean_error(seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset) -> float | None:
+    """See :class:`ClientAttack`; for the seed routing vector, which is a mean itself."""
+    if settings.proxies.selection == "random" or settings.proxies.relevance != "fisher":
+        return None
+    exact = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"vectors": "none"})})
+    rng = Site(client, Path()).noise(settings.seed, 1)
+    sent, true = (
+        profile(seed, of, client, private, public, rng)["seed-routing-vector"].astype(np.float64) for of in (settings, exact)
+    )
+    middle = np.mean([_embedded(seed, public.select(range(0, len(public), max(1, len(public) // 1_000))))], axis=(0, 1))
+    return float(np.linalg.norm(sent - true) / np.linalg.norm(true - middle))
+
+
+def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset) -> tuple[float | None, bool]:
+    """See :class:`ClientAttack`."""
+    names = class_names(private)
+    texts = text_features(seed, names, settings.data.prompt)
+    with torch.inference_mode():
+        logits = class_logits(seed.model, embed(seed.model, all_pixels(seed, proxies)), texts)
+    guessed = np.bincount(logits.argmax(1).numpy(), minlength=len(names))
+    true = np.bincount(np.asarray(private["label"]), minlength=len(names))
+    flat = true.std() == 0 or guessed.std() == 0
+    return None if flat else float(np.corrcoef(guessed, true)[0, 1]), bool(guessed.argmax() == true.argmax())
+
+
+def confidence(seed: Seed, settings: Settings, expert: Expert, data: Dataset, private: Dataset, public: Dataset) -> np.ndarray:
+    """log p / (1 - p) of the true class of every sample under an expert. [N]."""
+    space = label_space(class_names(private), class_names(public))
+    texts = text_features(seed, space, settings.data.prompt)
+    model, labels = with_lora(seed, settings.lora, expert), labels_in(data, space)
+    with torch.inference_mode():
+        scores = torch.cat([class_logits(model, embed(model, batch), texts) for batch in all_pixels(seed, data).split(256)])
+    log_p = F.log_softmax(scores.double(), dim=1)[torch.arange(len(labels)), labels]
+    return (log_p - torch.log(-torch.expm1(log_p).clamp(max=-1e-12))).numpy()
+
+
+def likelihood_ratio(
+    seed: Seed,
+    settings: Settings,
+    client: int,
+    expert: Expert,
+    private: Dataset,
+    held: Dataset,
+    proxies: Dataset,
+    public: Dataset,
+    shadows: int,
+    progress: Callable[[int, int], None],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores of training and of held-out samples: log-likelihood of the expert's confidence if the sample was among those it
+    was trained on, less that if it was not, by normal distributions fitted to the shadow experts.
+    """
+    if not shadows:
+        return None
+    everything = concatenate_datasets([private, held.cast(private.features)])
+    rng = np.random.default_rng(derived_seed(settings.seed, _SHADOWS, client))
+    space = label_space(class_names(private), class_names(public))
+    inside, seen = np.zeros((shadows, len(everything)), dtype=bool), np.zeros((shadows, len(everything)))
+    for shadow in range(shadows):
+        progress(shadow, shadows)
+        # Every sample is in half of the shadows: they come in pairs that share nothing.
+        inside[shadow] = ~inside[shadow - 1] if shadow % 2 else rng.permutation(len(everything)) < len(everything) // 2
+        samples = expert_samples(settings, everything.select(np.flatnonzero(inside[shadow])), proxies)
+        trained = train_expert(seed, settings, client, samples, space, lambda _done, _total: None)
+        seen[shadow] = confidence(seed, settings, trained, everything, private, public)
+    progress(shadows, shadows)
+    own = confidence(seed, settings, expert, everything, private, public)
+    means = [np.where(mask, seen, 0).sum(0) / np.maximum(mask.sum(0), 1) for mask in (inside, ~inside)]
+    spread = np.sqrt(np.mean((seen - np.where(inside, *means)) ** 2)) + 1e-6
+    scores = norm.logpdf(own, means[0], spread) - norm.logpdf(own, means[1], spread)
+    return scores[: len(private)], scores[len(private) :]
+
+
+def _embedded(seed: Seed, data: Dataset) -> np.ndarray:
+    with torch.inference_mode():
+        return embed(seed.model, all_pixels(seed, data)).double().numpy()
+
+
+def _auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
+    return float(roc_auc_score(np.repeat([1, 0], [len(members), len(others)]), np.concatenate([members, others])))
+
+
+def _rate_at(members: np.ndarray, others: np.ndarray, false_positives: float = 0.01) -> float:
+    return float((members > np.quantile(others, 1 - false_positives)).mean())
+
+
+def _shifted(progress: Callable[[int, int], None], before: int, total: int, done: int, _own: int) -> None:
+    progress(before + done, total)
