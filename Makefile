@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick lint
+.PHONY: demo test test-quick lint bench
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -12,6 +12,9 @@ test: .venv/installed  ## all tests
 
 test-quick: .venv/installed  ## the tests that need no Flower run
 	$(BIN)/pytest -q
+
+bench: .venv/installed  ## what things cost, as ratios, in bench.json
+	$(BIN)/python -m benchmarks
 
 lint: .venv/installed  ## style, format and types
 	$(BIN)/ruff check .
