@@ -1,23 +1,32 @@
 """Greedy maximum a posteriori inference of a determinantal point process, in feature space (numpy only)."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 from scipy.linalg import solve_triangular
 
 _ROUNDING = 1e-10
+_TIE = 1e-13
+"""Squared residuals, of at most one, that differ by less are equal: what the order of a sum can do."""
+_FIRST, _BLOCK = 64, 4_096
+"""Items looked at again at a time: few at first, as the best is likely among them."""
 
 
 def greedy_map(features: np.ndarray, relevance: np.ndarray, count: int) -> np.ndarray:
     """Items picked one by one, each with the largest gain of log det L~_S, L~ = Diag(r) cos(z, z) Diag(r) (Eq. 2 to 5).
 
     With B = Diag(r) Z, Z the unit features, L~ = B B^T, so the gain of item i is log ||b_i - its projection on the span of
-    those picked||^2: a Gram-Schmidt step for each pick, O(n d) each, and never an n x n matrix.
+    those picked||^2, and there is never an n x n matrix. Gains only fall: what an item gained when it was last looked at bounds
+    what it gains now, so only items whose bound reaches the best gain found are looked at again (lazy evaluation, Minoux 1978;
+    for determinantal point processes Hemmi et al. 2022), many at a time.
 
     L~ has rank at most d. Once every remaining item lies, up to rounding, in the span of those picked, det L~_S is zero
     whatever comes next. Then the picks go on as with L~ + eps I for eps -> 0: det(L~_S + eps I) is, up to powers of eps,
     det(B_S^T B_S) on that span, and the gain of item i becomes log(1 + b_i^T (B_S^T B_S)^-1 b_i).
 
     Args:
-        features: z, [n, d], rows not zero; any float dtype.
+        features: z, [n, d], rows not zero; any float dtype, in memory or memory-mapped. Up to rank d, memory beyond them is
+            O(n + d m).
         relevance: r, [n], positive.
         count: m, at most n.
 
@@ -29,46 +38,81 @@ def greedy_map(features: np.ndarray, relevance: np.ndarray, count: int) -> np.nd
     """
     if not 0 <= count <= len(features):
         raise ValueError(f"{count} items of {len(features)} cannot be picked")
-    if len(relevance) != len(features) or not (
-        np.isfinite(features).all() and np.isfinite(relevance).all() and (relevance > 0).all()
-    ):
-        raise ValueError("features must be finite, relevance finite and positive, and there must be one for each item")
-    unit = np.asarray(features, dtype=np.float64)
-    norms = np.linalg.norm(unit, axis=1)
+    if len(relevance) != len(features) or not (np.isfinite(relevance).all() and (relevance > 0).all()):
+        raise ValueError("relevance must be finite and positive, and there must be one for each item")
+    norms = np.concatenate([np.linalg.norm(block.astype(np.float64), axis=1) for block in _blocks(features)] or [np.empty(0)])
+    if not np.isfinite(norms).all():
+        raise ValueError("features must be finite")
     if not norms.all():
         raise ValueError(f"item {int(norms.argmin())} has a feature of length zero")
     # The common factor 1 / max r changes every determinant alike and keeps the squares from underflow.
-    scale = relevance / relevance.max(initial=np.finfo(float).tiny)
-    weighted = unit * (scale / norms)[:, None]
-    picked, basis = _while_independent(weighted, scale**2, count)
+    scale = np.asarray(relevance, dtype=np.float64) / relevance.max(initial=np.finfo(float).tiny)
+    weights = scale / norms
+
+    def rows(items: np.ndarray | slice) -> np.ndarray:
+        return features[items].astype(np.float64) * weights[items, None]
+
+    picked, basis = _while_independent(rows, scale**2, count, features.shape[1])
     if len(picked) < count:
-        picked = _within_span(weighted @ basis.T, picked, count)
+        starts = range(0, len(features), _BLOCK)
+        coordinates = np.concatenate([rows(slice(start, start + _BLOCK)) @ basis.T for start in starts])
+        picked = _within_span(coordinates, picked, count)
     return np.array(picked, dtype=np.int64)
 
 
-def _while_independent(weighted: np.ndarray, lengths: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
+def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
+    return (features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK))
+
+
+def _while_independent(
+    rows: Callable[[np.ndarray], np.ndarray], lengths: np.ndarray, count: int, width: int
+) -> tuple[list[int], np.ndarray]:
     """Picks by the squared residual d_i^2, while there is one above rounding; with them their orthonormal basis [rank, d].
 
-    ``lengths`` are the squared lengths r_i^2 of the rows, given so that equal relevances tie exactly.
+    ``rows`` gives items' b, and ``lengths`` are their squared lengths r_i^2, given so that equal relevances tie exactly.
     """
-    residuals = lengths.copy()
-    basis = np.empty((min(count, weighted.shape[1]), weighted.shape[1]))
+    # Sorted by length, which no residual exceeds: items after the first ``known`` have never been looked at.
+    order = np.lexsort((np.arange(len(lengths)), -lengths))
+    bounds, seen, known = lengths[order], np.zeros(len(lengths), dtype=np.int32), 0
+    basis = np.empty((min(count, width), width))
     picked: list[int] = []
     while len(picked) < len(basis):
-        candidates = np.where(residuals > _ROUNDING * lengths, residuals, -1.0)
-        candidates[picked] = -1.0
-        best = int(candidates.argmax())
-        if candidates[best] <= 0:
+        done, size = len(picked), _FIRST
+        while True:
+            best = bounds[:known].max(where=seen[:known] == done, initial=-np.inf)
+            reached = np.flatnonzero((seen[:known] < done) & (bounds[:known] >= best - _TIE))
+            if not len(reached):
+                # Nobody known may reach the best; an item that was never looked at may, being no shorter.
+                if known == len(order) or bounds[known] < best - _TIE:
+                    break
+                known = min(len(order), known + size)
+                continue
+            if len(reached) > size:
+                reached = np.sort(reached[np.argpartition(-bounds[reached], size)[:size]])
+            bounds[reached] = _residuals(rows(order[reached]), bounds[reached], seen[reached], basis[:done])
+            bounds[reached[bounds[reached] <= _ROUNDING * lengths[order[reached]]]] = -np.inf
+            seen[reached] = done
+            size = min(2 * size, _BLOCK)
+        if best == -np.inf:
             break
-        done = basis[: len(picked)]
-        direction = weighted[best] / np.sqrt(lengths[best])
+        fresh = np.flatnonzero((seen[:known] == done) & (bounds[:known] >= best - _TIE))
+        place = fresh[order[fresh].argmin()]
+        direction = rows(order[place : place + 1])[0] / np.sqrt(lengths[order[place]])
         # Twice is enough: a second Gram-Schmidt pass removes what rounding left of the first.
         for _ in range(2):
-            direction = direction - done.T @ (done @ direction)
-        basis[len(picked)] = direction / np.linalg.norm(direction)
-        residuals -= (weighted @ basis[len(picked)]) ** 2
-        picked.append(best)
+            direction = direction - basis[:done].T @ (basis[:done] @ direction)
+        basis[done] = direction / np.linalg.norm(direction)
+        picked.append(int(order[place]))
+        bounds[place] = -np.inf
     return picked, basis[: len(picked)]
+
+
+def _residuals(weighted: np.ndarray, bounds: np.ndarray, seen: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Squared residuals of rows whose bounds have seen the first ``seen`` directions of the basis, now that there are all."""
+    first = int(seen.min())
+    parts = (weighted @ basis[first:].T) ** 2
+    parts[np.arange(first, len(basis)) < seen[:, None]] = 0.0
+    return bounds - parts.sum(axis=1)
 
 
 def _within_span(coordinates: np.ndarray, picked: list[int], count: int) -> list[int]:

@@ -1,4 +1,5 @@
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,3 +86,38 @@ def test_bad_input_is_refused() -> None:
         greedy_map(np.full((3, 2), np.nan), np.ones(3), 2)
     with pytest.raises(ValueError, match="length zero"):
         greedy_map(np.zeros((3, 2)), np.ones(3), 2)
+
+
+def plain(features: np.ndarray, relevance: np.ndarray, count: int) -> list[int]:
+    """The definition with nothing saved: of all items left, the one with the largest residual, the lowest index first."""
+    weighted = features / np.linalg.norm(features, axis=1, keepdims=True) * relevance[:, None]
+    picked: list[int] = []
+    for _ in range(count):
+        span, _ = np.linalg.qr(weighted[picked].T) if picked else (np.zeros((features.shape[1], 0)), None)
+        residuals = ((weighted - weighted @ span @ span.T) ** 2).sum(axis=1)
+        residuals[picked] = -1
+        picked.append(int(np.flatnonzero(residuals >= residuals.max() - 1e-12)[0]))
+    return picked
+
+
+@given(st.integers(1, 400), st.integers(2, 40), st.integers(0, 10**6), st.floats(0, 8), st.sampled_from(["f2", "f4", "f8"]))
+@settings(max_examples=60, deadline=None)
+def test_looking_lazily_picks_what_looking_at_everything_picks(n: int, d: int, seed: int, slope: float, dtype: str) -> None:
+    """With relevance from flat to steep, and every third item there twice."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, d)).astype(dtype)
+    features[: n // 3] = features[n - n // 3 :]
+    relevance = 1 / (1 + np.exp(-rng.normal(size=n) * slope))
+    relevance[: n // 3] = relevance[n - n // 3 :]
+    count = min(d // 2, n - n // 3)
+    assert greedy_map(features, relevance, count).tolist() == plain(features.astype(np.float64), relevance, count)
+
+
+def test_twenty_thousand_items_from_a_file_are_picked_as_in_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(20_000, 32)).astype(np.float16)
+    (tmp_path / "features").write_bytes(features.tobytes())
+    mapped = np.memmap(tmp_path / "features", dtype=np.float16, mode="r", shape=features.shape)
+    relevance = 1 / (1 + np.exp(-rng.normal(size=20_000) * 3))
+    picks = greedy_map(mapped, relevance, 24)
+    assert picks.tolist() == plain(features.astype(np.float64), relevance, 24)
