@@ -195,9 +195,9 @@ class Privacy(Section):
     expert_epsilon: Positive = 8.0
     expert_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     expert_clip: Positive = Field(1.0, description="largest norm of one sample's gradient")
-    expert_epochs: Count = 20
+    expert_epochs: Count = 10
     expert_batch_size: Count = Field(250, description="samples of a step, of every min-samples that a client has")
-    expert_learning_rate: Positive = 2e-3
+    expert_learning_rate: Positive = 8e-3
 
 
 class Compute(Section):
