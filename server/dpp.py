@@ -8,7 +8,7 @@ from scipy.linalg import solve_triangular
 _ROUNDING = 1e-10
 _TIE = 1e-13
 """Squared residuals, of at most one, that differ by less are equal: what the order of a sum can do."""
-_FIRST, _BLOCK = 64, 4_096
+_FIRST, _BLOCK = 16, 4_096
 """Items looked at again at a time: few at first, as the best is likely among them."""
 
 
@@ -98,9 +98,11 @@ def _while_independent(
         fresh = np.flatnonzero((seen[:known] == done) & (bounds[:known] >= best - _TIE))
         place = fresh[order[fresh].argmin()]
         direction = rows(order[place : place + 1])[0] / np.sqrt(lengths[order[place]])
-        # Twice is enough: a second Gram-Schmidt pass removes what rounding left of the first.
+        # A second Gram-Schmidt pass removes what rounding left of the first, where the first left little else.
         for _ in range(2):
-            direction = direction - basis[:done].T @ (basis[:done] @ direction)
+            direction = direction - (basis[:done] @ direction) @ basis[:done]
+            if np.linalg.norm(direction) > 0.5:
+                break
         basis[done] = direction / np.linalg.norm(direction)
         picked.append(int(order[place]))
         bounds[place] = -np.inf
@@ -109,10 +111,15 @@ def _while_independent(
 
 def _residuals(weighted: np.ndarray, bounds: np.ndarray, seen: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """Squared residuals of rows whose bounds have seen the first ``seen`` directions of the basis, now that there are all."""
-    first = int(seen.min())
-    parts = (weighted @ basis[first:].T) ** 2
-    parts[np.arange(first, len(basis)) < seen[:, None]] = 0.0
-    return bounds - parts.sum(axis=1)
+    residuals, missing = bounds.copy(), np.frexp(len(basis) - seen)[1]
+    # Items that miss about as many directions, to a factor of two, go together: one that misses all costs no other anything.
+    for group in np.unique(missing):
+        items = np.flatnonzero(missing == group)
+        first = int(seen[items].min())
+        parts = weighted[items] @ basis[first:].T
+        parts[np.arange(first, len(basis)) < seen[items, None]] = 0.0
+        residuals[items] -= np.einsum("ij,ij->i", parts, parts)
+    return residuals
 
 
 def _within_span(coordinates: np.ndarray, picked: list[int], count: int) -> list[int]:
