@@ -5,7 +5,7 @@ text goes with it.
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -215,6 +215,8 @@ def _code(error: Exception) -> int:
 
 def _log(site: Site, kind: Kind) -> None:
     """The reason stays here, in the client's log: an exception's text may quote private data."""
-    site.state.mkdir(parents=True, exist_ok=True)
-    with site.log.open("a") as log:
-        log.write(f"could not answer {MESSAGE_TYPE[kind]}\n{traceback.format_exc()}\n")
+    # On a disk that is full the reason is lost; what went wrong is still to be said by its code.
+    with suppress(OSError):
+        site.state.mkdir(parents=True, exist_ok=True)
+        with site.log.open("a") as log:
+            log.write(f"could not answer {MESSAGE_TYPE[kind]}\n{traceback.format_exc()}\n")
