@@ -1,11 +1,13 @@
 """Fixtures: real transformers classes in tiny configurations, real data in small parts."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from common.config import Settings, validated
@@ -71,6 +73,24 @@ def small_run(seed_folder: Path) -> Settings:
             "router-training": {"epochs": 1, "batch-size": 16},
         }
     )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, seed_folder: Path) -> Path:
+    """The folder of a small run that came to its end; not to be changed."""
+    from simulations.local import run_local
+
+    out = tmp_path_factory.mktemp("finished")
+    run_local(small_run(seed_folder), out)
+    return out
+
+
+@pytest.fixture
+def identity() -> Iterator[None]:
+    """Flower sets this for each task; without it no message can be made."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
 
 
 def random_expert(seed: Seed, settings: Settings, number: int) -> Expert:

@@ -2,14 +2,12 @@
 
 import json
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from client import answer as answers
 from client.app import app
@@ -33,13 +31,7 @@ from common.wire import (
     request_artifacts,
 )
 
-
-@pytest.fixture(autouse=True)
-def identity() -> Iterator[None]:
-    """Flower sets this for each task; without it no message can be made."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    yield
-    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+pytestmark = pytest.mark.usefixtures("identity")
 
 
 def ask(kind: Kind, settings: Settings, out: Path, client: int = 0, **changes: object) -> Message:

@@ -4,7 +4,7 @@ import io
 import resource
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -47,13 +46,7 @@ from common.wire import (
     reply_artifacts,
 )
 
-
-@pytest.fixture(autouse=True)
-def identity() -> Iterator[None]:
-    """Flower sets this for each task; without it no message can be made."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    yield
-    TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+pytestmark = pytest.mark.usefixtures("identity")
 
 
 def request(settings: Settings, kind: Kind = "profile", run: str = "") -> RecordDict:

@@ -24,14 +24,6 @@ from simulations.local import run_local
 from tests.conftest import small_run
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, seed_folder: Path) -> Path:
-    """The run folder of a small run."""
-    out = tmp_path_factory.mktemp("run")
-    run_local(small_run(seed_folder), out)
-    return out
-
-
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy to do harm to."""

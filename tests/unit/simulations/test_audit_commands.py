@@ -16,15 +16,6 @@ from common.errors import InputFileError
 from common.model.seed import Seed
 from simulations.canary import Canary, needles, search
 from simulations.ledgers import ledgers_at
-from simulations.local import run_local
-from tests.conftest import small_run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, seed_folder: Path) -> Path:
-    out = tmp_path_factory.mktemp("run")
-    run_local(small_run(seed_folder), out)
-    return out
 
 
 @pytest.fixture
