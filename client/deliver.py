@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from common.config import Settings
-from common.data.tasks import accuracy, all_pixels, class_names, labels_in, text_features
+from common.data.tasks import accuracy, class_names, samples_of
 from common.files import write_json
 from common.model.artifact import UnifiedWeights, load_model, save_model
 from common.model.seed import Seed
@@ -25,8 +25,6 @@ def store_and_evaluate(
     """
     manifest = save_model(state / "model", seed, settings, names, classes, weights)
     model = load_model(state / "model").model
-    own = class_names(test)
-    texts = text_features(seed, own, settings.data.prompt)
-    percent = accuracy(lambda batch: model.logits(batch, texts), all_pixels(seed, test), labels_in(test, own))
+    percent = accuracy(model.scores, samples_of(seed, settings.data, [test], class_names(test)))
     write_json(state / "accuracy.json", {"model": manifest.model_hash, "accuracy": percent})
     return percent

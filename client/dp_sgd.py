@@ -9,8 +9,9 @@ from datasets import Dataset
 
 from common.config import Settings
 from common.data.tasks import all_pixels, class_logits, labels_in, text_features
+from common.model.inputs import embed
 from common.model.lora import Expert, expert_of, rounded, with_lora
-from common.model.seed import Seed, embed
+from common.model.seed import Seed
 from common.privacy import Mechanism
 
 

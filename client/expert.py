@@ -7,16 +7,16 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from common.compute import derived_seed
 from common.config import Settings
 from common.data.datasets import fingerprint
-from common.data.tasks import all_pixels, batches, class_logits, labels_in, text_features
+from common.data.tasks import input_batches, samples_of
+from common.model.inputs import encode
 from common.model.lora import Expert, expert_of, rounded, with_lora
 from common.model.routing import all_evidence_paths, routing_vectors
-from common.model.seed import Seed, embed
+from common.model.seed import Seed
 
 _STAGE = 2
 
@@ -35,14 +35,16 @@ def train_expert(
     progress: Callable[[int, int], None],
     start: Expert | None = None,
 ) -> Expert:
-    """Train LoRA on the feed-forward sublayers with cross-entropy against the class names' text features.
+    """Train LoRA on the feed-forward sublayers: by cross-entropy against the class names' text features, or by the next-token
+    loss on the answers of questions.
 
     Args:
         seed: the frozen seed.
         settings: the run's; ``lora`` and ``expert-training`` apply.
         client: number of the client, for its own stream of random numbers.
         samples: the data sets of :func:`expert_samples`.
-        space: the class names told apart: private and public ones in one label space, whatever it is trained on.
+        space: the class names told apart: private and public ones in one label space, whatever it is trained on; of questions
+            none.
         progress: called with epochs done and in all.
         start: the expert to go on from; None for a new one.
 
@@ -50,9 +52,8 @@ def train_expert(
         The expert as it is sent, in float16.
     """
     training = settings.expert_training
-    texts = text_features(seed, space, settings.data.prompt)
-    pixels = torch.cat([all_pixels(seed, data) for data in samples])
-    labels = torch.cat([labels_in(data, space) for data in samples])
+    own = samples_of(seed, settings.data, samples, space)
+    count = len(own.answers)
 
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, client))
     with torch.random.fork_rng(devices=[]):
@@ -60,12 +61,13 @@ def train_expert(
         model = with_lora(seed, settings.lora, start)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    steps = -(-len(labels) // training.batch_size) * training.epochs
+    steps = -(-count // training.batch_size) * training.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, training.warmup_steps, steps))
     for epoch in range(training.epochs):
         progress(epoch, training.epochs)
-        for rows in torch.randperm(len(labels), generator=generator).split(training.batch_size):
-            loss = F.cross_entropy(class_logits(model, embed(model, pixels[rows]), texts), labels[rows])
+        for rows in torch.randperm(count, generator=generator).split(training.batch_size):
+            batch = own.taught(rows)
+            loss = batch.loss(model, encode(model, batch.inputs))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -84,6 +86,8 @@ def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Da
         settings.expert_training.model_dump(),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,
+        # What is kept of a text; images have no tokens.
+        None if seed.is_image_model else (settings.data.prompt_tokens, settings.data.answer_tokens),
         settings.seed,
         client,
         [fingerprint(data) for data in samples],
@@ -100,8 +104,8 @@ def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, sampl
     """
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     model = with_lora(seed, settings.lora, expert)
-    pixels = chain.from_iterable(batches(seed, data) for data in samples)
-    return routing_vectors(model, paths, pixels).astype(np.float32)
+    inputs = chain.from_iterable(input_batches(seed, settings.data, data) for data in samples)
+    return routing_vectors(model, paths, inputs).astype(np.float32)
 
 
 def _rate(step: int, warmup: int, steps: int) -> float:

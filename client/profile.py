@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common.compute import derived_seed
 from common.config import Settings
-from common.data.tasks import batches
+from common.data.tasks import input_batches
 from common.model.routing import all_evidence_paths, sample_features
 from common.model.seed import Seed
 from common.privacy import private_means, vectors_mechanism
@@ -70,4 +70,4 @@ def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:
 
 def _features(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
     paths = all_evidence_paths(seed, settings.lora, settings.router)
-    return torch.cat(list(sample_features(seed.model, paths, batches(seed, data)))).double().numpy()
+    return torch.cat(list(sample_features(seed.model, paths, input_batches(seed, settings.data, data)))).double().numpy()

@@ -33,10 +33,18 @@ class Section(BaseModel):
 class Data(Section):
     """Where the public set and the private domains come from."""
 
-    source: Literal["glyphs"] = "glyphs"
+    source: Literal["glyphs", "images", "questions"] = Field(
+        "glyphs", description="glyphs: built in; images, questions: from data.folder, or else from the hub"
+    )
     private: Literal["built-in", "own"] = Field(
         "built-in", description="built-in: a domain of the source for each client; own: each client's folder, data-dir"
     )
+    folder: str = Field(
+        "", description="where the domains and the public set lie, a folder each; empty: on the hub (not for source = glyphs)"
+    )
+    public: str = Field("public", description="name of the public set in data.folder")
+    hub: tuple[str, ...] = Field((), description="hub ids of the domains, in their order")
+    public_hub: str = Field("", description="hub id of the public set")
     domains: tuple[Name, ...] = Field(
         ("digits", "greek", "arrows"), min_length=1, description="of the source; with private = own any names, one a client"
     )
@@ -46,6 +54,7 @@ class Data(Section):
     dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
     public_samples: int = Field(0, ge=0, description="size of a random part of the public set to use; 0 is all of it")
     private_samples: int = Field(0, ge=0, description="largest number of training samples of a client; 0 is no limit")
+    test_samples: int = Field(0, ge=0, description="largest number of samples that a set is evaluated on; 0 is no limit")
     public_without: tuple[str, ...] = Field(
         (), description="words: public training samples of classes with one of them in their name are left out"
     )
@@ -56,6 +65,8 @@ class Data(Section):
         (), description="evaluate on images changed in each of these ways, in place of the images as they are"
     )
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
+    prompt_tokens: Count = Field(192, description="of a question, at most; the end is kept")
+    answer_tokens: Count = Field(32, description="of an answer, at most; the beginning is kept")
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -63,6 +74,18 @@ class Data(Section):
             raise ValueError(f"domains names one twice: {list(self.domains)}")
         if self.classes and self.private == "built-in":
             raise ValueError("data.classes is for data.private = own; built-in domains have their classes")
+        if self.source == "glyphs" and self.folder:
+            raise ValueError(f"data.folder = {self.folder!r} with data.source = glyphs, which is built in; set source = images")
+        if self.source != "glyphs" and self.test_corruptions:
+            raise ValueError(f"data.test-corruptions is for data.source = glyphs, not {self.source}")
+        if self.source == "questions" and self.public_without:
+            raise ValueError("data.public-without goes by class names, and data.source = questions has none")
+        wanted = len(self.domains) if self.private == "built-in" else 0
+        if self.source != "glyphs" and not self.folder and (len(self.hub) < wanted or not self.public_hub):
+            raise ValueError(
+                f"data.source = {self.source} needs data.folder (--data-dir), or data.public-hub and a hub id in data.hub for "
+                f"each of {wanted} domains"
+            )
         if "{}" not in self.prompt:
             raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
         return self
@@ -216,7 +239,9 @@ class Settings(Section):
     preset: str = "glyphs"
     seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
     clients: Count = 3
-    seed_model: str = Field("glyphs", description='"glyphs" (built in) or a folder with a CLIP model')
+    seed_model: str = Field(
+        "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
+    )
     report_accuracy: bool = Field(False, description="let clients send the accuracy they measure on the delivered model")
     data: Data = Data()
     proxies: Proxies = Proxies()

@@ -43,6 +43,18 @@ class InputFileError(MetaMoEError):
     exit_code = 14
 
 
+class HubError(MetaMoEError):
+    """A model or data set that a hub does not give: it is out of reach, has no such name, or wants a licence accepted."""
+
+    exit_code = 15
+
+
+class DataFormatError(MetaMoEError):
+    """Data without the columns, the labels or the form that a task needs."""
+
+    exit_code = 16
+
+
 class EmptyPartitionError(MetaMoEError):
     """A client has no training data."""
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from filelock import FileLock
 
 from common.compute import derived_seed
-from common.config import Settings
-from common.data.tasks import batches
+from common.config import Data, Settings
+from common.data.tasks import input_batches
 from common.errors import ProxyCountError
 from common.files import cache_folder, write_atomically
 from common.fisher import shrunk_covariance
@@ -21,7 +21,6 @@ from server.dpp import greedy_map
 from server.relevance import fisher_scores, logistic_link
 
 _STAGE = 1
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class Selection:
 
 
 def public_features(
-    seed: Seed, paths: list[str], public: Dataset, fingerprint: str, progress: Callable[[int, int], None]
+    seed: Seed, data: Data, paths: list[str], public: Dataset, fingerprint: str, progress: Callable[[int, int], None]
 ) -> np.ndarray:
     """How the seed sees every public sample, computed once for this seed and this public set.
 
     Args:
         seed: the seed.
+        data: settings of the data.
         paths: sublayers whose mean inputs are wanted beside the embedding.
         public: the public set.
         fingerprint: its content hash.
@@ -50,6 +50,8 @@ def public_features(
     """
     # Library and threads belong to the key: they decide the last digits.
     made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
+    if not seed.is_image_model:
+        made_by += f" {data.prompt_tokens}"
     key = hashlib.sha256(made_by.encode()).hexdigest()[:32]
     file = cache_folder() / "embeddings" / f"{key}.f32"
     shape = (len(public), len(paths) + 1, seed.width)
@@ -59,7 +61,7 @@ def public_features(
         if not file.is_file() or file.stat().st_size != 4 * np.prod(shape):
             # In one block: small results kept between large temporaries would hold the heap open, by hundreds of megabytes.
             features, done = np.empty(shape, dtype=np.float32), 0
-            for part in sample_features(seed.model, paths, batches(seed, public, _BATCH)):
+            for part in sample_features(seed.model, paths, input_batches(seed, data, public)):
                 features[done : done + len(part)] = part.numpy()
                 done += len(part)
                 progress(done, len(public))

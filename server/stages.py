@@ -12,6 +12,7 @@ from common.audit.ledger import Ledger
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
+from common.data.tasks import check_seed
 from common.events import EventLog
 from common.files import write_json
 from common.model.artifact import router_arrays, save_model
@@ -45,6 +46,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
     with threads(settings.compute.server_threads):
         with _timed(timings, "prepare"):
             seed, public = load_seed(settings.seed_model), load_public(settings.data)
+            check_seed(seed, settings.data)
             public_hash = public_fingerprint(settings.data)
             ledger = Ledger(out / "server" / "audit", audit_key(audit_keys) if audit_keys else None)
             exchange = Exchange(settings, seed, public_hash, nodes, ask, events, ledger)
@@ -58,7 +60,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             router = settings.router
             compared = router.rows == "fisher" or router.seed_expert
             paths = all_evidence_paths(seed, settings.lora, router) if compared else []
-            features = public_features(seed, paths, public, public_hash, partial(events, "embed"))
+            features = public_features(seed, settings.data, paths, public, public_hash, partial(events, "embed"))
         with _timed(timings, "select"):
             events("select", 0, 1)
             selections = select_proxies(features[:, -1], profiles, settings)

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
 from common.compute import derived_seed
 from common.config import Settings
 from common.data.datasets import label_space
-from common.data.tasks import all_pixels, batches, class_logits, class_names, labels_in, text_features
+from common.data.tasks import class_names, input_batches, samples_of
 from common.fisher import shrunk_covariance
 from common.model.artifact import UnifiedWeights
+from common.model.inputs import Tokens
 from common.model.lora import Expert, rounded, with_lora
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.routing import all_evidence_paths, evidence_paths, router_rows, routing_vectors
@@ -82,7 +82,7 @@ def _proxy_vectors(seed: Seed, settings: Settings, expert: Expert, proxies: Data
     share = _EFFECTIVE_SHARE if settings.router.proxy_weights == "relevance" else 1.0
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     model = with_lora(seed, settings.lora, expert)
-    return routing_vectors(model, paths, batches(seed, proxies), tempered_weights(scores, share))
+    return routing_vectors(model, paths, input_batches(seed, settings.data, proxies), tempered_weights(scores, share))
 
 
 def router_samples(settings: Settings, public: Dataset, proxies: Sequence[Dataset]) -> list[Dataset]:
@@ -99,7 +99,7 @@ def provenance_loss(log_probabilities: Tensor, clients: Tensor, mask: Tensor | N
     """Cross-entropy between the client a proxy was chosen for and the mean routing distribution of its tokens.
 
     Args:
-        log_probabilities: log pi, [B, T, K].
+        log_probabilities: log pi, [B, T, K], or [B, 1, K] where all tokens share it.
         clients: int64 [B].
         mask: bool [B, T], true for real tokens; None if all are.
 
@@ -107,7 +107,7 @@ def provenance_loss(log_probabilities: Tensor, clients: Tensor, mask: Tensor | N
         Scalar: the mean over samples of -log((1/T) sum_t pi_client(z_t)).
     """
     own = log_probabilities.gather(2, clients[:, None, None].expand(-1, log_probabilities.shape[1], 1)).squeeze(2)
-    if mask is None:
+    if mask is None or own.shape[1] == 1:
         mask = torch.ones_like(own, dtype=torch.bool)
     total = own.masked_fill(~mask, -torch.inf).logsumexp(dim=1)
     return (mask.sum(dim=1).log() - total).mean()
@@ -125,16 +125,14 @@ def train_router(
         progress: called with epochs done and in all.
     """
     training = settings.router_training
-    pixels = torch.cat([all_pixels(seed, data) for data in samples])
     owners = torch.cat([torch.full((len(data),), k) for k, data in enumerate(samples)])
     names = label_space(*map(class_names, samples))
-    labels = torch.cat([labels_in(data, names) for data in samples])
-    texts = text_features(seed, names, settings.data.prompt)
+    own = samples_of(seed, settings.data, samples, names)
 
     for router in model.routers:
         for parameter in router.parameters():
             parameter.requires_grad_(parameter.requires_grad and training.train_router)
-    matrices = [p for layer in model.layers for p in (layer.a1, layer.b1, layer.a2, layer.b2)]
+    matrices = [p for layer in model.layers for p in (*layer.a.values(), *layer.b.values())]
     for matrix in matrices:
         matrix.requires_grad_(training.train_experts)
     contexts = [router.context for router in model.routers if router.context.requires_grad]
@@ -147,13 +145,15 @@ def train_router(
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
     for epoch in range(training.epochs):
         progress(epoch, training.epochs)
-        for batch in torch.randperm(len(labels), generator=generator).split(training.batch_size):
-            pooled, decisions = model(pixels[batch])
+        for rows in torch.randperm(len(owners), generator=generator).split(training.batch_size):
+            batch = own.taught(rows)
+            encoded, decisions = model(batch.inputs)
             losses = []
             if training.supervision in ("task", "both"):
-                losses.append(F.cross_entropy(class_logits(model.clip, pooled, texts), labels[batch]))
+                losses.append(batch.loss(model.backbone, encoded))
             if training.supervision in ("provenance", "both"):
-                losses.append(torch.stack([provenance_loss(decision, owners[batch]) for decision in decisions]).mean())
+                mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else None
+                losses.append(torch.stack([provenance_loss(decision, owners[rows], mask) for decision in decisions]).mean())
             optimizer.zero_grad(set_to_none=True)
             torch.stack(losses).sum().backward()
             optimizer.step()

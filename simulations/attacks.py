@@ -24,8 +24,9 @@ from common.data.datasets import label_space, load_private, load_public
 from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
 from common.errors import InputFileError
 from common.files import read_json
+from common.model.inputs import embed
 from common.model.lora import Expert, with_lora
-from common.model.seed import Seed, embed, load_seed
+from common.model.seed import Seed, load_seed
 from server.experts import stored_expert
 
 _SHADOWS = 23

@@ -23,6 +23,7 @@ from client.site import Site
 from common.compute import threads
 from common.config import Settings, changed, to_toml
 from common.data.datasets import load_private, load_public
+from common.data.tasks import Scores, accuracy
 from common.errors import InputFileError, MetaMoEError
 from common.files import cache_folder, replaced_folder, write_atomically, write_json
 from common.model.artifact import load_model, save_model
@@ -34,14 +35,12 @@ from server.stages import run_stages
 from server.unify import router_samples, unify
 from simulations.evaluate import (
     PUBLIC,
-    Scores,
+    accuracy_and_routing,
     dense,
     ensemble,
-    image_sets,
     own_share,
-    percent_right,
-    routing_shares,
     soup,
+    test_sets,
 )
 from simulations.fedavg import federated_average
 from simulations.methods import Method, ablations, main_methods
@@ -256,7 +255,7 @@ def _build(method: Method, settings: Settings) -> Model:
         case _:
             unified = load_model(folder / "model").model
             sent = {client["name"]: client["artifacts"] for client in clients}
-            return Model(dict.fromkeys(everywhere, unified.logits), up, down, summary["cpu_seconds"]["unify"], unified, sent)
+            return Model(dict.fromkeys(everywhere, unified.scores), up, down, summary["cpu_seconds"]["unify"], unified, sent)
 
 
 def _run(settings: Settings) -> Path:
@@ -299,7 +298,7 @@ def _pooled(
     unified = load_model(target).model
     up = float(np.mean([len(data) * (np.asarray(data[0]["image"]).nbytes + _LABEL_BYTES) for data in private]))
     seconds = json.loads(times.read_text())["cpu_seconds"]
-    return Model(dict.fromkeys(everywhere, unified.logits), up, down, seconds, unified)
+    return Model(dict.fromkeys(everywhere, unified.scores), up, down, seconds, unified)
 
 
 def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
@@ -319,30 +318,33 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
 
 
 def _evaluate(settings: Settings, model: Model) -> Outcome:
-    sets = image_sets(settings.seed_model, settings.data)
+    sets = test_sets(settings.seed_model, settings.data)
     domains: dict[str, float] = {}
-    seconds = images = 0.0
+    seconds = count = 0.0
     # The first batch pays for what is set up once.
-    model.scores[sets[0].domain](sets[0].pixels[:32], sets[0].texts)
+    model.scores[sets[0].domain](sets[0].samples.asked(torch.arange(4)))
+    routing: dict[str, list[list[float]]] = {}
     for test in sets[:-1]:
         started = time.process_time()
-        domains[test.name] = round(percent_right(model.scores[test.domain], test), 3)
-        seconds, images = seconds + time.process_time() - started, images + len(test.labels)
-    routing, owned = None, {settings.client_domain(client) for client in range(settings.clients)}
-    if model.unified is not None:
-        routing = {test.name: routing_shares(model.unified, test.pixels) for test in sets[:-1]}
+        if model.unified is not None:
+            percent, routing[test.name] = accuracy_and_routing(model.unified, test.samples)
+        else:
+            percent = accuracy(model.scores[test.domain], test.samples)
+        domains[test.name] = round(percent, 3)
+        seconds, count = seconds + time.process_time() - started, count + len(test.samples.answers)
+    owned = {settings.client_domain(client) for client in range(settings.clients)}
     return Outcome(
         domains=domains,
-        public=round(percent_right(model.scores[PUBLIC], sets[-1]), 3),
+        public=round(accuracy(model.scores[PUBLIC], sets[-1].samples), 3),
         own_expert_share=None
-        if routing is None
+        if not routing
         else round(float(np.mean([own_share(settings, t, routing[t.name]) for t in sets[:-1] if t.domain in owned])), 4),
         bytes_up=model.bytes_up,
         bytes_down=model.bytes_down,
         unify_seconds=model.unify_seconds,
-        inference_ms=round(1_000 * seconds / images, 4),
-        routing=routing,
-        expert_names=[] if routing is None else settings.expert_names,
+        inference_ms=round(1_000 * seconds / count, 4),
+        routing=routing or None,
+        expert_names=settings.expert_names if routing else [],
         sent=dict(model.sent or {}),
         seconds=0.0,
     )

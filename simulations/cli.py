@@ -40,6 +40,7 @@ app.add_typer(audit, name="audit")
 
 _console = Console()
 _errors = Console(stderr=True)
+_DATA_DIR = "Where domains and public set lie, a folder each, in place of the hub (data.folder)."
 _RUN = (
     "settings.toml",
     "proxies.json",
@@ -87,6 +88,7 @@ def simulate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. router.top-k=2; repeatable."),
     ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=_DATA_DIR)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/PRESET)")] = None,
     backend: Annotated[
         Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
@@ -95,6 +97,7 @@ def simulate(
 ) -> None:
     """Run a federation on this machine: stages 1 to 3, then a table of how good every method is."""
     overrides = list(set_ or [])
+    overrides += [f"data.folder={data_dir}"] if data_dir is not None else []
     overrides += [f"clients={clients}"] if clients is not None else []
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = load_settings(preset, overrides)
@@ -164,6 +167,7 @@ def benchmark(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting for every method; repeatable."),
     ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=_DATA_DIR)] = None,
     out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
@@ -174,6 +178,7 @@ def benchmark(
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
     overrides = list(set_ or [])
+    overrides += [f"data.folder={data_dir}"] if data_dir is not None else []
     for override in overrides:
         if override.partition("=")[0].strip() in ("seed", "compute.server-threads", "report-accuracy"):
             raise InvalidSettingError(f"--set {override}: a benchmark decides this itself; its seeds are given by --seeds")
@@ -251,10 +256,13 @@ def presets(
 
 
 def _absolute(settings: Settings) -> Settings:
-    """The settings with the seed's folder as seen from anywhere: a run's processes work in other folders than this one."""
-    if settings.seed_model == "glyphs":
-        return settings
-    return settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+    """The settings with all paths as seen from anywhere: a run's processes work in other folders than this one."""
+    if Path(settings.seed_model).exists() and settings.seed_model != "glyphs":
+        settings = settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+    if settings.data.folder:
+        folder = str(Path(settings.data.folder).absolute())
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"folder": folder})})
+    return settings
 
 
 def _check_benchmark_folder(folder: Path) -> None:

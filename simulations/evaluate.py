@@ -1,84 +1,75 @@
 """Using a seed, experts or a unified model on test images: scores, accuracy, routing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from common import config
 from common.config import Settings
 from common.data.datasets import evaluation_sets, held_out_public
-from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
+from common.data.tasks import Samples, Scores, class_names, samples_of
+from common.model.inputs import Tokens, encode
 from common.model.lora import Expert
 from common.model.moe import UnifiedModel
-from common.model.seed import embed, load_seed
+from common.model.seed import load_seed
 
 PUBLIC = "public"
-_BATCH = 256
-
-Scores = Callable[[Tensor, Tensor], Tensor]
-"""Class scores [B, C] of pixel values [B, 3, H, W] and unit text features [C, p]."""
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Images ready to be scored: ``domain`` is where they come from, or ``"public"``."""
+class TestSet:
+    """Samples ready to be scored: ``domain`` is where they come from, or ``"public"``."""
 
     name: str
     domain: str
-    pixels: Tensor
-    labels: Tensor
-    texts: Tensor
+    samples: Samples
 
 
 @lru_cache(maxsize=1)
-def image_sets(seed_model: str, data: config.Data) -> list[ImageSet]:
+def test_sets(seed_model: str, data: config.Data) -> list[TestSet]:
     """Every test set of a run, and last the held-out public samples.
 
-    Each image is named among its own domain's classes, the public ones among all public classes.
+    Each image is named among its own domain's classes, the public ones among all public classes; of each question one of its
+    choices is right, of a held-out instruction its own output among three others.
     """
     seed = load_seed(seed_model)
     sets: dict[str, Dataset] = {**evaluation_sets(data), PUBLIC: held_out_public(data)}
     tests = []
     for name, samples in sets.items():
-        names = class_names(samples)
-        texts = text_features(seed, names, data.prompt)
-        tests.append(ImageSet(name, name.partition(",")[0], all_pixels(seed, samples), labels_in(samples, names), texts))
+        ready = samples_of(seed, data, [samples], class_names(samples))
+        tests.append(TestSet(name, name.partition(",")[0], ready))
     return tests
 
 
 @torch.inference_mode()
-def percent_right(scores: Scores, test: ImageSet) -> float:
-    """Share of a test set's images whose best class is the right one, %."""
-    best = torch.cat([scores(batch, test.texts).argmax(1) for batch in test.pixels.split(_BATCH)])
-    return 100.0 * best.eq(test.labels).float().mean().item()
+def accuracy_and_routing(model: UnifiedModel, samples: Samples) -> tuple[float, list[list[float]]]:
+    """A unified model's accuracy in percent and, from the same pass, the share of all tokens, of text those of prompts, whose
+    most likely expert is each of the K, for each layer that decides. [G][K].
+    """
+    counts, right = torch.zeros(1), 0
+    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
+        batch = samples.asked(rows)
+        encoded, decisions = model(batch.inputs)
+        right += int(batch.scores(model.backbone, encoded).argmax(1).eq(samples.answers[rows]).sum())
+        mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else torch.ones(decisions[0].shape[:2], dtype=torch.bool)
+        best = (decision.argmax(-1).expand(mask.shape)[mask] for decision in decisions)
+        counts = counts + torch.stack([torch.bincount(one, minlength=decisions[0].shape[-1]) for one in best])
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    return 100.0 * right / len(samples.answers), [[round(share, 4) for share in row] for row in shares.tolist()]
 
 
-@torch.inference_mode()
-def routing_shares(model: UnifiedModel, pixels: Tensor) -> list[list[float]]:
-    """Share of all tokens whose most likely expert is each of the K, for each layer that decides. [G][K]."""
-    counts: Tensor | None = None
-    for batch in pixels.split(_BATCH):
-        _, decisions = model(batch)
-        chosen = torch.stack([torch.bincount(d.argmax(-1).flatten(), minlength=d.shape[-1]) for d in decisions])
-        counts = chosen if counts is None else counts + chosen
-    if counts is None:
-        return []
-    return [[round(share, 4) for share in row] for row in (counts / counts.sum(dim=1, keepdim=True)).tolist()]
-
-
-def dense(model: CLIPModel) -> Scores:
+def dense(model: PreTrainedModel) -> Scores:
     """The scores of a seed or of an expert."""
-    return lambda pixels, texts: class_logits(model, embed(model, pixels), texts)
+    return lambda batch: batch.scores(model, encode(model, batch.inputs))
 
 
 def ensemble(members: Sequence[Scores]) -> Scores:
     """Branch-Train-Merge: the mean of the members' probabilities, (1/K) sum_k softmax(s_k)."""
-    return lambda pixels, texts: torch.stack([member(pixels, texts).softmax(1) for member in members]).mean(0)
+    return lambda batch: torch.stack([member(batch).softmax(1) for member in members]).mean(0)
 
 
 def soup(experts: Sequence[Expert], lora: config.Lora) -> tuple[Expert, config.Lora]:
@@ -96,7 +87,7 @@ def soup(experts: Sequence[Expert], lora: config.Lora) -> tuple[Expert, config.L
     return merged, lora.model_copy(update={"rank": count * lora.rank, "alpha": count * lora.alpha})
 
 
-def own_share(settings: Settings, test: ImageSet, shares: list[list[float]]) -> float:
+def own_share(settings: Settings, test: TestSet, shares: list[list[float]]) -> float:
     """Share of a test set's tokens that reach an expert of their own domain, mean over the layers that decide."""
     own = [k for k in range(settings.clients) if settings.client_domain(k) == test.domain]
     return sum(row[k] for row in shares for k in own) / len(shares)

@@ -32,7 +32,7 @@ def predict_images(loaded: Loaded, images: Sequence[Path], names: Sequence[str],
     experts = loaded.manifest.expert_names
     for path in images:
         pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(path)]))
-        probabilities = class_logits(loaded.model.clip, pooled, texts).softmax(1)[0]
+        probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
         shares = torch.bincount(chosen, minlength=len(experts)) / len(chosen)

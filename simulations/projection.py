@@ -11,8 +11,9 @@ from client.site import Site
 from common.compute import threads
 from common.config import Settings
 from common.data.datasets import load_private, load_public, public_fingerprint
-from common.data.tasks import batches
-from common.model.seed import embed, load_seed
+from common.data.tasks import input_batches
+from common.model.inputs import embed
+from common.model.seed import load_seed
 from server.proxies import public_features, select_proxies
 
 _SELECTIONS = ("random", "relevance", "dpp")
@@ -26,7 +27,7 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
     """
     seed, public = load_seed(settings.seed_model), load_public(settings.data)
     with threads(settings.compute.server_threads):
-        features = public_features(seed, [], public, public_fingerprint(settings.data), lambda _done, _total: None)[:, -1]
+        features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), _quietly)[:, -1]
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
         profiles = [
@@ -39,10 +40,14 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
             rng = np.random.default_rng(client)
             sample = private[client].select(np.sort(rng.permutation(len(private[client]))[:_PRIVATE]))
             with torch.inference_mode():
-                own = torch.cat([embed(seed.model, batch) for batch in batches(seed, sample)]).numpy()
+                own = torch.cat([embed(seed.model, batch) for batch in input_batches(seed, settings.data, sample)]).numpy()
             groups = {"private": own} | {how: features[picked[how][client].ids] for how in _SELECTIONS}
             maps[name] = _tsne(groups)
     return maps
+
+
+def _quietly(_done: int, _total: int) -> None:
+    """No progress within a picture."""
 
 
 def _selecting(settings: Settings, how: str) -> Settings:

@@ -10,15 +10,21 @@ import numpy as np
 
 from common.compute import threads
 from common.config import Settings
+from common.data.tasks import Scores, accuracy
 from common.files import write_atomically, write_json
 from common.model.artifact import load_model
 from common.model.lora import load_adapter, with_lora
 from common.model.seed import load_seed
-from simulations.evaluate import PUBLIC, Scores, dense, image_sets, percent_right, routing_shares
+from simulations.evaluate import PUBLIC, accuracy_and_routing, dense, test_sets
 from simulations.tables import table
 
 UNIFIED = "metamoe"
 ZERO_SHOT = "zero-shot"
+_HOW_IMAGES = "Each image is named among its own domain's classes, the public ones among all public classes."
+_HOW_QUESTIONS = (
+    "Of each question the choice with the largest mean log-likelihood a token is taken, of each held-out instruction its own "
+    "output among three others."
+)
 
 
 def write_results(settings: Settings, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -41,25 +47,25 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     for name in settings.client_names:
         expert = load_adapter(out / "server" / "experts" / name)
         methods[f"expert:{name}"] = dense(with_lora(seed, settings.lora, expert))
-    methods[UNIFIED] = unified.logits
+    methods[UNIFIED] = unified.scores
 
     accuracies: dict[str, dict[str, float]] = {method: {} for method in methods}
-    public: dict[str, float] = {}
     routing: dict[str, dict[str, float]] = {}
     with threads(settings.compute.server_threads):
-        sets = image_sets(settings.seed_model, settings.data)
+        sets = test_sets(settings.seed_model, settings.data)
         pairs = list(product(sets, methods))
-        for done, (images, method) in enumerate(pairs):
+        for done, (test, method) in enumerate(pairs):
             progress(done, len(pairs))
-            percent = round(percent_right(methods[method], images), 2)
-            if images.domain == PUBLIC:
-                public[method] = percent
+            if method == UNIFIED:
+                percent, by_layer = accuracy_and_routing(unified, test.samples)
+                shares = zip(settings.expert_names, np.mean(by_layer, axis=0), strict=True)
+                routing[test.name] = {name: round(float(share), 4) for name, share in shares}
             else:
-                accuracies[method][images.name] = percent
-        for images in sets[:-1]:
-            shares = np.mean(routing_shares(unified, images.pixels), axis=0)
-            routing[images.name] = {name: round(float(s), 4) for name, s in zip(settings.expert_names, shares, strict=True)}
+                percent = accuracy(methods[method], test.samples)
+            accuracies[method][test.name] = round(percent, 2)
         progress(len(pairs), len(pairs))
+    public = {method: by_set.pop(PUBLIC) for method, by_set in accuracies.items()}
+    del routing[PUBLIC]
     for by_domain in accuracies.values():
         by_domain["average"] = round(sum(by_domain.values()) / len(by_domain), 2)
     results = {
@@ -84,7 +90,7 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
     lines += [
         f"## Accuracy on {settings.data.evaluate_on} data, %",
         "",
-        "Each image is named among its own domain's classes, the public ones among all public classes.",
+        _HOW_QUESTIONS if settings.data.source == "questions" else _HOW_IMAGES,
         "",
     ]
     rows = [

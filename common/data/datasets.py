@@ -1,6 +1,7 @@
 """The public set and the clients' private sets as ``datasets.Dataset``: loading, caching, partition, content hash."""
 
 import hashlib
+import json
 import re
 import shutil
 import uuid
@@ -14,6 +15,8 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_
 
 from common.config import Data, Settings
 from common.data import glyphs
+from common.data.images import load_images
+from common.data.questions import load_questions, with_distractors
 from common.errors import EmptyPartitionError, InvalidSettingError
 from common.files import cache_folder
 
@@ -25,14 +28,24 @@ def load_public(data: Data, split: str = "train") -> Dataset:
     Raises:
         InvalidSettingError: ``data.public-without`` leaves nothing.
     """
-    whole = _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+    whole = _public(data, split)
     if split == "train" and data.public_without:
         names = np.array(whole.features["label"].names)
         kept = np.array([not set(re.split(r"\W+", name)) & set(data.public_without) for name in names])
         whole = whole.select(np.flatnonzero(kept[np.asarray(whole["label"])]))
         if len(whole) == 0:
             raise InvalidSettingError(f"data.public-without = {list(data.public_without)} leaves no public sample")
-    return _random_part(whole, data.public_samples, np.random.default_rng(0))
+    size = data.public_samples if split == "train" or data.source == "glyphs" else data.test_samples
+    return _random_part(whole, size, np.random.default_rng(0))
+
+
+def _public(data: Data, split: str) -> Dataset:
+    if data.source == "glyphs":
+        return _cached(data.source, f"public-{split}", lambda: glyphs.public(split))
+    if data.source == "images":
+        return load_images(data, data.public, split, data.public_hub)
+    questions = load_questions(data, data.public, split, data.public_hub)
+    return with_distractors(questions) if split == "test" else questions
 
 
 def load_private(settings: Settings, client: int, split: str) -> Dataset:
@@ -48,21 +61,29 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
     owners = [k for k in range(settings.clients) if settings.client_domain(k) == domain]
     if split == "train" and len(owners) > 1:
         rng = np.random.default_rng([settings.seed, settings.data.domains.index(domain)])
-        parts = partition(np.asarray(data["label"]), len(owners), settings.data.dirichlet, rng)
+        labels = np.asarray(data["label"]) if "label" in data.features else np.zeros(len(data), dtype=int)
+        parts = partition(labels, len(owners), settings.data.dirichlet, rng)
         data = data.select(parts[owners.index(client)])
     if split == "train":
         data = _random_part(data, settings.data.private_samples, np.random.default_rng([settings.seed, client]))
     if len(data) == 0:
         raise EmptyPartitionError(
-            f"client {settings.client_names[client]!r} has no training images: {len(owners)} clients share {domain!r} at "
+            f"client {settings.client_names[client]!r} has no training samples: {len(owners)} clients share {domain!r} at "
             f"data.dirichlet = {settings.data.dirichlet}; use fewer clients or a larger value"
         )
     return data
 
 
 def load_domain(data: Data, domain: str, split: str) -> Dataset:
-    """One private domain as a whole: ``split`` is "train", "validation" or "test"."""
-    return _cached(data.source, f"{domain}-{split}", lambda: glyphs.private(domain, split))
+    """One private domain as a whole: ``split`` is "train", "validation" or "test"; of the latter two as many samples as
+    ``data.test-samples`` says.
+    """
+    if data.source == "glyphs":
+        whole = _cached(data.source, f"{domain}-{split}", lambda: glyphs.private(domain, split))
+    else:
+        load = load_images if data.source == "images" else load_questions
+        whole = load(data, domain, split, data.hub[data.domains.index(domain)] if data.hub else "")
+    return whole if split == "train" else _random_part(whole, data.test_samples, np.random.default_rng(0))
 
 
 def held_out_public(data: Data) -> Dataset:
@@ -70,7 +91,8 @@ def held_out_public(data: Data) -> Dataset:
     held_out = load_public(data, "test")
     if data.evaluate_on == "test":
         return held_out
-    return _random_part(load_public(data, "train"), len(held_out), np.random.default_rng(1))
+    training = _random_part(load_public(data, "train"), len(held_out), np.random.default_rng(1))
+    return with_distractors(training) if data.source == "questions" else training
 
 
 def evaluation_sets(data: Data) -> dict[str, Dataset]:
@@ -96,7 +118,7 @@ def check_domains(data: Data) -> None:
     Raises:
         InvalidSettingError: names it and lists those there are.
     """
-    if data.private == "own":
+    if data.private == "own" or data.source != "glyphs":
         return
     if unknown := sorted(set(data.domains) - set(glyphs.DOMAINS)):
         raise InvalidSettingError(f"data.domains has {unknown[0]!r}; {data.source!r} has {', '.join(glyphs.DOMAINS)}")
@@ -104,12 +126,16 @@ def check_domains(data: Data) -> None:
 
 def known_classes(data: Data) -> list[str]:
     """Every class name of the public set and of the domains, as their source publishes them or the settings name them: what a
-    unified model chooses among.
+    unified model chooses among. Questions bring their own choices, so of them there are none.
     """
+    if data.source == "questions":
+        return []
     public = load_public(data).features["label"].names
     if data.private == "own":
         return label_space(public, data.classes)
-    return label_space(public, *map(glyphs.class_names, data.domains))
+    if data.source == "glyphs":
+        return label_space(public, *map(glyphs.class_names, data.domains))
+    return label_space(public, *(load_domain(data, domain, "train").features["label"].names for domain in data.domains))
 
 
 def label_space(*parts: Sequence[str]) -> list[str]:
@@ -140,7 +166,12 @@ def partition(labels: np.ndarray, parts: int, concentration: float, rng: np.rand
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Content hash of a data set: SHA-256 over the class names and every image's size, pixels and label, in order."""
+    """Content hash of a data set: SHA-256 over the class names and every image's size, pixels and label, or over every
+    question, in order.
+    """
+    if "label" not in dataset.features:
+        rows = (json.dumps([row["prompt"], row["choices"], row["answer"]]) for row in dataset)
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
     digest = hashlib.sha256(repr(dataset.features["label"].names).encode())
     for start in range(0, len(dataset), 1_000):
         chunk = dataset[start : start + 1_000]

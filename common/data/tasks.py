@@ -1,16 +1,186 @@
-"""What "train" and "score" mean: images against the text features of class names."""
+"""What "train" and "score" mean: images against the text features of class names, and questions with several choices."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import CLIPModel
 
+from common import config
+from common.data.text import Question, Targets, packed, prompt_batches, tokenised
+from common.errors import InvalidSettingError
+from common.model.inputs import Inputs, Tokens
 from common.model.seed import Seed
 
 _BATCH = 256
+
+
+class Batch(Protocol):
+    """Some samples on their way through a model: what goes in, and what is made of what :func:`encode` gives."""
+
+    @property
+    def inputs(self) -> Inputs: ...
+
+    def loss(self, model: Any, encoded: Tensor) -> Tensor:
+        """The task's loss, a scalar."""
+        ...
+
+    def scores(self, model: Any, encoded: Tensor) -> Tensor:
+        """Scores of every class or choice, float32 [B, C]."""
+        ...
+
+
+Scores = Callable[[Batch], Tensor]
+"""A model as what scores a batch: [B, C]."""
+
+
+class Samples(Protocol):
+    """Samples that were decoded or tokenised once.
+
+    Attributes:
+        answers: int64 [N], the right class or choice of each.
+        at_once: how many of them are well computed together.
+    """
+
+    @property
+    def answers(self) -> Tensor: ...
+
+    @property
+    def at_once(self) -> int: ...
+
+    def taught(self, rows: Tensor) -> Batch:
+        """These samples with what is to be learned."""
+        ...
+
+    def asked(self, rows: Tensor) -> Batch:
+        """These samples with all that they are to choose among."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images [B, 3, H, W], their classes [B], and the classes' unit text features [C, p]."""
+
+    inputs: Tensor
+    labels: Tensor
+    texts: Tensor
+
+    def loss(self, model: Any, encoded: Tensor) -> Tensor:
+        """Cross-entropy of scaled cosine similarities."""
+        return F.cross_entropy(self.scores(model, encoded), self.labels)
+
+    def scores(self, model: Any, encoded: Tensor) -> Tensor:
+        return class_logits(model, encoded, self.texts)
+
+
+@dataclass(frozen=True)
+class ImageSamples:
+    """Images [N, 3, H, W] told apart by unit text features of class names [C, p]."""
+
+    pixels: Tensor
+    answers: Tensor
+    texts: Tensor
+    at_once: int = _BATCH
+
+    def taught(self, rows: Tensor) -> ImageBatch:
+        return ImageBatch(self.pixels[rows], self.answers[rows], self.texts)
+
+    asked = taught
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Packed questions and the tokens that are to be predicted."""
+
+    inputs: Tokens
+    targets: Targets
+
+    def loss(self, model: Any, encoded: Tensor) -> Tensor:
+        """Next-token loss, the mean over all tokens that are to be predicted."""
+        return F.cross_entropy(self._logits(model, encoded), self.targets.token)
+
+    def scores(self, model: Any, encoded: Tensor) -> Tensor:
+        """Log-likelihood of each choice divided by its number of tokens; of one that a question has not, minus infinity."""
+        logits, targets = self._logits(model, encoded), self.targets
+        likelihoods = logits.log_softmax(-1).gather(1, targets.token[:, None]).squeeze(1)
+        width = int(targets.choice.max()) + 1
+        place = targets.sample * width + targets.choice
+        sums = torch.zeros(len(encoded) * width).index_add(0, place, likelihoods)
+        counts = torch.bincount(place, minlength=len(sums))
+        return torch.where(counts > 0, sums / counts, -torch.inf).reshape(-1, width)
+
+    def _logits(self, model: Any, encoded: Tensor) -> Tensor:
+        return model.lm_head(encoded[self.targets.sample, self.targets.position]).float()
+
+
+@dataclass(frozen=True)
+class TextSamples:
+    """Questions as tokens, and the token that ends a text."""
+
+    questions: Sequence[Question]
+    end: int
+    # Few, as all are padded to the longest.
+    at_once: int = 4
+
+    @cached_property
+    def answers(self) -> Tensor:
+        return torch.tensor([question.answer for question in self.questions])
+
+    def taught(self, rows: Tensor) -> TextBatch:
+        """Each prompt with its right choice and the end of the text."""
+        questions = [self.questions[row] for row in rows.tolist()]
+        return TextBatch(*packed([(q.prompt, [[*q.choices[q.answer], self.end]]) for q in questions]))
+
+    def asked(self, rows: Tensor) -> TextBatch:
+        """Each prompt with all of its choices, none of which sees another."""
+        questions = [self.questions[row] for row in rows.tolist()]
+        return TextBatch(*packed([(q.prompt, q.choices) for q in questions]))
+
+
+def samples_of(seed: Seed, data: config.Data, datasets: Sequence[Dataset], space: Sequence[str]) -> Samples:
+    """Data sets one after the other, ready for a seed.
+
+    Args:
+        seed: the seed.
+        data: settings of the data.
+        datasets: of images, or of questions.
+        space: for images, the names of the classes that are told apart.
+
+    Raises:
+        InvalidSettingError: the seed is for another kind of data.
+    """
+    check_seed(seed, data)
+    if seed.is_image_model:
+        pixels = torch.cat([all_pixels(seed, part) for part in datasets])
+        return ImageSamples(
+            pixels, torch.cat([labels_in(part, space) for part in datasets]), text_features(seed, space, data.prompt)
+        )
+    questions = [question for part in datasets for question in tokenised(seed.tokenizer, data, part)]
+    return TextSamples(questions, seed.tokenizer.eos_token_id)
+
+
+def check_seed(seed: Seed, data: config.Data) -> None:
+    """Raise unless the seed takes this kind of data.
+
+    Raises:
+        InvalidSettingError: it does not.
+    """
+    if seed.is_image_model == (data.source == "questions"):
+        kind, wanted = ("a CLIP model", "images") if seed.is_image_model else ("a decoder", "questions")
+        raise InvalidSettingError(
+            f"seed-model = {seed.reference!r} is {kind}, for {wanted}; data.source = {data.source} is not"
+        )
+
+
+def input_batches(seed: Seed, data: config.Data, dataset: Dataset) -> Iterator[Inputs]:
+    """What the seed sees of a data set, in order: images, or prompts without any choice's continuation."""
+    if seed.is_image_model:
+        return batches(seed, dataset)
+    return prompt_batches(tokenised(seed.tokenizer, data, dataset))
 
 
 def pixel_values(seed: Seed, images: Sequence[object]) -> Tensor:
@@ -30,7 +200,8 @@ def all_pixels(seed: Seed, dataset: Dataset) -> Tensor:
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    return list(dataset.features["label"].names)
+    """Names of an image data set's classes; questions have none."""
+    return list(dataset.features["label"].names) if "label" in dataset.features else []
 
 
 def labels_in(dataset: Dataset, space: Sequence[str]) -> Tensor:
@@ -53,18 +224,19 @@ def text_features(seed: Seed, names: Sequence[str], prompt: str) -> Tensor:
     return F.normalize(torch.cat(features), dim=1)
 
 
-def class_logits(model: CLIPModel, pooled: Tensor, texts: Tensor) -> Tensor:
+def class_logits(model: Any, pooled: Tensor, texts: Tensor) -> Tensor:
     """CLIP's scaled cosine similarities of pooled image features [B, d] and unit text features [C, p]. float32 [B, C]."""
     images = F.normalize(model.visual_projection(pooled), dim=1)
     return model.logit_scale.exp() * images @ texts.T
 
 
 @torch.inference_mode()
-def predictions(logits: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Most likely class of every image. int64 [N]."""
-    return torch.cat([logits(batch).argmax(1) for batch in pixels.split(_BATCH)])
+def predictions(scores: Scores, samples: Samples) -> Tensor:
+    """Best class or choice of every sample. int64 [N]."""
+    rows = torch.arange(len(samples.answers)).split(samples.at_once)
+    return torch.cat([scores(samples.asked(some)).argmax(1) for some in rows])
 
 
-def accuracy(logits: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> float:
-    """Share of images whose most likely class is the right one, in percent."""
-    return 100.0 * predictions(logits, pixels).eq(labels).float().mean().item()
+def accuracy(scores: Scores, samples: Samples) -> float:
+    """Share of samples whose best class or choice is the right one, in percent."""
+    return 100.0 * predictions(scores, samples).eq(samples.answers).float().mean().item()

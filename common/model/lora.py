@@ -7,17 +7,16 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from common.config import Lora
 from common.errors import InvalidSettingError
 from common.model.seed import Seed, share
 
 Expert = dict[str, Tensor]
-"""The LoRA matrices of one expert, by name: ``<FFN path>.<fc1|fc2>.lora_<A|B>.weight``, A [r, in], B [out, r]."""
+"""The LoRA matrices of one expert, by name: ``<FFN path>.<linear map>.lora_<A|B>.weight``, A [r, in], B [out, r]."""
 
 _PEFT_PREFIX = "base_model.model."
-_LINEAR = ("fc1", "fc2")
 
 
 def expert_layers(seed: Seed, lora: Lora) -> list[str]:
@@ -36,7 +35,7 @@ def expert_shapes(seed: Seed, lora: Lora) -> dict[str, tuple[int, int]]:
     """Name and shape of every LoRA matrix of an expert: all that may arrive as one."""
     shapes = {}
     for path in expert_layers(seed, lora):
-        for linear in _LINEAR:
+        for linear in seed.form.linears:
             out_features, in_features = seed.model.get_parameter(f"{path}.{linear}.weight").shape
             shapes[f"{path}.{linear}.lora_A.weight"] = (lora.rank, in_features)
             shapes[f"{path}.{linear}.lora_B.weight"] = (out_features, lora.rank)
@@ -50,12 +49,12 @@ def peft_config(seed: Seed, lora: Lora) -> LoraConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
-        target_modules=rf"({paths})\.({'|'.join(_LINEAR)})",
+        target_modules=rf"({paths})\.({'|'.join(seed.form.linears)})",
         base_model_name_or_path=seed.reference,
     )
 
 
-def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> CLIPModel:
+def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> PreTrainedModel:
     """The seed with one adapter: a new one (B = 0, trainable) or, if given, an expert. Base weights are shared, not copied."""
     model = share(seed.model)
     inject_adapter_in_model(peft_config(seed, lora), model)
@@ -64,7 +63,7 @@ def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> CLIPModel
     return model
 
 
-def expert_of(model: CLIPModel) -> Expert:
+def expert_of(model: PreTrainedModel) -> Expert:
     """The adapter of a model made by :func:`with_lora`, detached and copied."""
     return {
         name: tensor.detach().clone()

@@ -6,29 +6,85 @@ terms are added to them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.clip.modeling_clip import CLIPMLP
+from transformers import DynamicCache
 
 from common import config
-from common.data.tasks import class_logits
+from common.data.tasks import Batch
+from common.errors import ModelStructureError
+from common.model.ffn import form_of
+from common.model.inputs import Inputs, encode, masked_mean
 from common.model.lora import Expert, expert_layers
-from common.model.routing import evidence_paths, masked_mean
+from common.model.routing import evidence_paths
 from common.model.seed import Seed, share
 
 
 @dataclass
+class DecodingCache:
+    """What a decoder keeps between the calls of one generation.
+
+    Attributes:
+        past: keys and values of attention.
+        contexts: of each layer that decides, the sum of its context's inputs [B, E d] and their number [B, 1].
+    """
+
+    past: DynamicCache = field(default_factory=DynamicCache)
+    contexts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass
 class RoutingState:
-    """What the layers of one forward pass share: the mask, the FFN inputs of the layers below those with experts, as far as a
-    router looks at them, and every decision taken so far.
+    """What the layers of one forward pass share.
+
+    Attributes:
+        mask: bool [B, T], the tokens whose mean is the context; None for all. Of text these are the prompt's.
+        visible: bool [B, T, S], for text whose layers decide each for itself: a token's context is the mean over those it sees.
+        held: whether a decision holds for what comes after the prompt, whatever that is: for text that is decided once.
+        below: the FFN inputs of the layers below those with experts, as far as a router looks at them.
+        decisions: every decision so far, log pi [B, T, K], or [B, 1, K] where all tokens of a sample share it.
+        cache: of a generation.
     """
 
     mask: Tensor | None = None
+    visible: Tensor | None = None
+    held: bool = False
     below: list[Tensor] = field(default_factory=list)
     decisions: list[Tensor] = field(default_factory=list)
+    cache: DecodingCache | None = None
+
+    def decide(self, router: "Router", z: Tensor) -> None:
+        """Take the next decision, on the inputs z [B, T, E d]."""
+        number = len(self.decisions)
+        earlier = self.cache.contexts[number] if self.cache and number < len(self.cache.contexts) else None
+        if self.visible is not None:
+            context, total, count = _running_mean(z, self.visible[:, :, -z.shape[1] :], earlier)
+        elif earlier is not None:
+            (total, count) = earlier
+            context = (total / count).unsqueeze(1)
+        else:
+            context = masked_mean(z, self.mask).unsqueeze(1)
+            count = (
+                torch.full_like(z[:, 0, :1], z.shape[1]) if self.mask is None else self.mask.sum(1, keepdim=True).to(z.dtype)
+            )
+            total = context.squeeze(1) * count
+        if self.cache and earlier is None:
+            self.cache.contexts.append((total, count))
+        elif self.cache:
+            self.cache.contexts[number] = (total, count)
+        if self.held and self.mask is not None:
+            z = torch.where(self.mask.unsqueeze(-1), z, context) if earlier is None else context.expand_as(z)
+        self.decisions.append(router(z, context))
+
+
+def _running_mean(z: Tensor, visible: Tensor, earlier: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over all that each token sees, of these z [B, T, d] and of earlier ones; the last token's sum and count."""
+    totals, counts = visible.to(z.dtype) @ z, visible.sum(-1, keepdim=True).to(z.dtype)
+    if earlier is not None:
+        totals, counts = totals + earlier[0].unsqueeze(1), counts + earlier[1].unsqueeze(1)
+    return totals / counts, totals[:, -1], counts[:, -1]
 
 
 @dataclass(frozen=True)
@@ -53,11 +109,15 @@ class Router(nn.Module):
         self.rows = nn.Parameter(torch.tensor(weights.rows, dtype=torch.float32))
         self.biases = nn.Parameter(torch.tensor(weights.biases, dtype=torch.float32), requires_grad=learn_biases)
         self.context = nn.Parameter(torch.tensor(weights.context, dtype=torch.float32), requires_grad=learn_context)
+        self._context_alone = weights.context == 1 and not learn_context
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log pi for z [B, T, d] and a mask of real tokens [B, T]. [B, T, K]."""
-        sequence = masked_mean(z, mask).unsqueeze(1)
-        mixed = (1 - self.context) * z + self.context * sequence
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """log pi [B, T, K] of tokens z [B, T, E d] in their context, [B, 1, E d] or [B, T, E d]; without one, in the mean of
+        all. Where lambda is fixed at 1 and the context the same for all tokens, it is [B, 1, K].
+        """
+        if context is None:
+            context = z.mean(dim=1, keepdim=True)
+        mixed = context if self._context_alone else (1 - self.context) * z + self.context * context
         return torch.log_softmax(mixed @ self.rows.T + self.biases, dim=-1)
 
     def weights(self) -> RouterWeights:
@@ -74,23 +134,32 @@ class Router(nn.Module):
 class MoELayer(nn.Module):
     """A feed-forward sublayer with K low-rank experts: MoE(z_t) = sum over the top k of pi_p(z_t) FFN_p(z_t) (Eq. 6).
 
-    FFN_p(z) = W2_p act(W1_p z + b1) + b2, with W_p = W + (alpha / r) B_p A_p. The second projection is linear, so the weighted
-    sum over experts is taken before it and the base matrices are applied once, whatever k. A router with one row more than
-    there are experts has the seed's own sublayer as its last expert.
+    FFN_p has W_p = W + (alpha / r) B_p A_p in the place of every linear map W of the seed's FFN. The map down is linear, so the
+    weighted sum over experts is taken before it and the base matrices are applied once, whatever k. A router with one row more
+    than there are experts has the seed's own sublayer as its last expert.
     """
 
-    def __init__(self, base: CLIPMLP, experts: Sequence[Expert], path: str, lora: config.Lora, router: config.Router) -> None:
+    def __init__(self, base: nn.Module, experts: Sequence[Expert], path: str, lora: config.Lora, router: config.Router) -> None:
         super().__init__()
-        self.base = base
+        form = form_of(base)
+        if form is None:
+            raise ModelStructureError(f"{path} is no feed-forward sublayer")
+        self.base, self.form = base, form
         self.scale = lora.alpha / lora.rank
         self.top_k = router.top_k
         self.renormalise = router.renormalise
 
-        def stacked(name: str) -> nn.Parameter:
-            return nn.Parameter(torch.stack([expert[f"{path}.{name}.weight"].float() for expert in experts]))
+        def stacked(matrix: str) -> nn.ParameterDict:
+            """For each linear map, all experts' matrices [K, ...]."""
+            return nn.ParameterDict(
+                {
+                    name: nn.Parameter(torch.stack([expert[f"{path}.{name}.{matrix}.weight"].float() for expert in experts]))
+                    for name in form.linears
+                }
+            )
 
-        self.a1, self.b1 = stacked("fc1.lora_A"), stacked("fc1.lora_B")
-        self.a2, self.b2 = stacked("fc2.lora_A"), stacked("fc2.lora_B")
+        self.a, self.b = stacked("lora_A"), stacked("lora_B")
+        self.count = len(experts)
         # Set where this layer decides for itself; without one it follows the decision of the layer below.
         self.router: Router | None = None
         self.state = RoutingState()
@@ -98,27 +167,29 @@ class MoELayer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z [B, T, d] -> [B, T, d]."""
         if self.router is not None:
-            evidence = torch.cat([*self.state.below, z], dim=-1)
-            self.state.decisions.append(self.router(evidence, self.state.mask))
+            self.state.decide(self.router, torch.cat([*self.state.below, z], dim=-1))
         probabilities = self.state.decisions[-1].exp()
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         # Without the seed's column: it has no matrices, so where it is chosen nothing is added.
-        gates = nn.functional.one_hot(chosen, probabilities.shape[-1])[..., : len(self.a1)].to(z.dtype)
+        gates = nn.functional.one_hot(chosen, probabilities.shape[-1])[..., : self.count].to(z.dtype)
 
-        up = self.base.fc1(z)
-        hidden, delta = torch.zeros_like(up), torch.zeros_like(z)
+        ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
+        down = getattr(self.base, self.form.down)
+        hidden, delta = torch.zeros_like(ups[self.form.ups[0]]), torch.zeros_like(z)
         for slot in range(self.top_k):
             gate, weight = gates[..., slot, :], weights[..., slot, None]
-            one = weight * self.base.activation_fn(up + self._low_rank(z, self.a1, self.b1, gate))
+            own = [up + self._low_rank(z, name, gate) for name, up in ups.items()]
+            one = weight * self.form.hidden(self.base, own)
             hidden = hidden + one
-            delta = delta + self._low_rank(one, self.a2, self.b2, gate)
-        down = nn.functional.linear(hidden, self.base.fc2.weight) + delta
-        return down + weights.sum(dim=-1, keepdim=True) * self.base.fc2.bias
+            delta = delta + self._low_rank(one, self.form.down, gate)
+        out = nn.functional.linear(hidden, down.weight) + delta
+        return out if down.bias is None else out + weights.sum(dim=-1, keepdim=True) * down.bias
 
-    def _low_rank(self, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    def _low_rank(self, x: Tensor, name: str, gate: Tensor) -> Tensor:
         """(alpha / r) sum_p gate_p B_p A_p x for x [B, T, in]: all A at once, the others masked, then all B at once."""
+        a, b = self.a[name], self.b[name]
         low = (x @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) * gate.unsqueeze(-1)
         return self.scale * (low.flatten(-2) @ b.transpose(1, 2).flatten(0, 1))
 
@@ -157,59 +228,65 @@ class UnifiedModel(nn.Module):
         routers: Sequence[RouterWeights],
     ) -> None:
         super().__init__()
-        self.clip = share(seed.model)
-        self.state = RoutingState()
+        self.backbone = share(seed.model)
+        # Of text, a decision that is taken once is taken on the prompt and held.
+        self._once = router.decide == "once"
         self.paths = expert_layers(seed, lora)
         for i, path in enumerate(self.paths):
-            layer = MoELayer(cast(CLIPMLP, self.clip.get_submodule(path)), experts, path, lora, router)
+            layer = MoELayer(self.backbone.get_submodule(path), experts, path, lora, router)
             if i < len(routers):
                 layer.router = Router(routers[i], router.rows != "dot", router.learn_context)
-            self.clip.set_submodule(path, layer)
+            self.backbone.set_submodule(path, layer)
         self._observed: list[ObservedFFN] = []
         for path in evidence_paths(seed, lora, router)[0]:
             if path not in self.paths:
-                observed = ObservedFFN(self.clip.get_submodule(path))
-                self.clip.set_submodule(path, observed)
+                observed = ObservedFFN(self.backbone.get_submodule(path))
+                self.backbone.set_submodule(path, observed)
                 self._observed.append(observed)
 
     @property
     def layers(self) -> list[MoELayer]:
-        layers = [self.clip.get_submodule(path) for path in self.paths]
+        layers = [self.backbone.get_submodule(path) for path in self.paths]
         return [layer for layer in layers if isinstance(layer, MoELayer)]
 
     @property
     def routers(self) -> list[Router]:
         return [layer.router for layer in self.layers if layer.router is not None]
 
-    def forward(self, pixel_values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Pooled features [B, d], and log pi [B, T, K] of each layer that decides.
+    def forward(
+        self, inputs: Inputs, mask: Tensor | None = None, cache: DecodingCache | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What :func:`common.model.inputs.encode` gives, and log pi [B, T, K] of each layer that decides.
 
         Args:
-            pixel_values: float32 [B, 3, H, W].
-            mask: bool [B, T], true for tokens that count in the context; None for all.
+            inputs: pixel values or text.
+            mask: bool [B, T], true for an image's tokens that count in the context; None for all.
+            cache: of a generation; for text.
         """
-        state = RoutingState(mask)
+        if isinstance(inputs, Tensor):
+            state = RoutingState(mask)
+        elif self._once:
+            state = RoutingState(inputs.prompt, held=True, cache=cache)
+        else:
+            state = RoutingState(visible=inputs.visible, cache=cache)
         for layer in self.layers:
             layer.state = state
         for observed in self._observed:
             observed.state = state
-        pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output
-        return pooled, state.decisions
+        return encode(self.backbone, inputs, cache.past if cache else None), state.decisions
 
-    def logits(self, pixel_values: Tensor, texts: Tensor) -> Tensor:
-        """Class scores [B, C] of images against unit text features [C, p]."""
-        pooled, _ = self(pixel_values)
-        return class_logits(self.clip, pooled, texts)
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores of every class or choice [B, C]."""
+        return batch.scores(self.backbone, self(batch.inputs)[0])
 
     def experts(self) -> list[Expert]:
         """The experts' LoRA matrices as they are now, under their names in the adapter files."""
-        parts = {"fc1.lora_A": "a1", "fc1.lora_B": "b1", "fc2.lora_A": "a2", "fc2.lora_B": "b2"}
-        count = len(self.layers[0].a1)
         return [
             {
-                f"{path}.{name}.weight": getattr(layer, attribute)[k].detach().clone()
+                f"{path}.{name}.{matrix}.weight": parameters[name][k].detach().clone()
                 for path, layer in zip(self.paths, self.layers, strict=True)
-                for name, attribute in parts.items()
+                for matrix, parameters in (("lora_A", layer.a), ("lora_B", layer.b))
+                for name in layer.form.linears
             }
-            for k in range(count)
+            for k in range(self.layers[0].count)
         ]

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from common import config
 from common.fisher import fisher_rows
+from common.model.inputs import Inputs, Tokens, embed, masked_mean
 from common.model.lora import expert_layers
 from common.model.seed import Seed
 
@@ -32,22 +33,6 @@ def all_evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> 
     return [path for paths in evidence_paths(seed, lora, router) for path in paths]
 
 
-def masked_mean(z: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of a sequence that are not padding.
-
-    Args:
-        z: [B, T, d].
-        mask: bool [B, T], true for real tokens; None if all are.
-
-    Returns:
-        [B, d]; zero for a sequence of padding only.
-    """
-    if mask is None:
-        return z.mean(dim=1)
-    weights = mask.to(z.dtype).unsqueeze(-1)
-    return (z * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-
 @contextmanager
 def ffn_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]]:
     """While open, every forward pass of ``model`` leaves the inputs z [B, T, d] of these sublayers in the dict it yields."""
@@ -64,14 +49,15 @@ def ffn_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]
 
 
 @torch.inference_mode()
-def sample_features(model: CLIPModel, paths: list[str], batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """For each batch of pixel values, every sample's mean FFN input in each of these layers, and last its embedding, the pooled
-    output. float32 [B, L + 1, d].
+def sample_features(model: PreTrainedModel, paths: list[str], batches: Iterable[Inputs]) -> Iterator[Tensor]:
+    """For each batch, every sample's mean FFN input in each of these layers, and last its embedding. Means are over all tokens
+    of an image, and over those of a text's prompt. float32 [B, L + 1, d].
     """
     with ffn_inputs(model, paths) as captured:
         for batch in batches:
-            pooled = model.vision_model(pixel_values=batch).pooler_output
-            yield torch.stack([*(masked_mean(captured[path]) for path in paths), pooled], dim=1)
+            embedding = embed(model, batch)
+            mask = batch.prompt if isinstance(batch, Tokens) else None
+            yield torch.stack([*(masked_mean(captured[path], mask) for path in paths), embedding], dim=1).float()
 
 
 def mean_over_samples(batches: Iterable[Tensor], weights: np.ndarray | None = None) -> np.ndarray:
@@ -95,7 +81,7 @@ def mean_over_samples(batches: Iterable[Tensor], weights: np.ndarray | None = No
 
 
 def routing_vectors(
-    model: CLIPModel, paths: list[str], batches: Iterable[Tensor], weights: np.ndarray | None = None
+    model: PreTrainedModel, paths: list[str], batches: Iterable[Inputs], weights: np.ndarray | None = None
 ) -> np.ndarray:
     """Routing vectors of an expert (Jiang et al. 2026, Eq. 7 and 8).
 
@@ -105,7 +91,7 @@ def routing_vectors(
     Args:
         model: the expert.
         paths: its feed-forward sublayers.
-        batches: pixel values of all samples, in any split.
+        batches: all samples, in any split.
         weights: of the samples, [N], with sum one; None for equal ones.
 
     Returns:

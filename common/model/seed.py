@@ -1,4 +1,4 @@
-"""The frozen seed model M0: loading, fingerprint, feed-forward sublayers, embedding."""
+"""The frozen seed model M0: loading, fingerprint, feed-forward sublayers."""
 
 import copy
 import hashlib
@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from common.errors import InputFileError, ModelStructureError
+from common.errors import HubError, InputFileError
+from common.model.ffn import Form, ffn_paths, form_of
+from common.model.gguf import from_gguf, packaged_gguf
+from common.model.inputs import is_image_model
 
 _TOWER = ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size", "image_size")
+_DECODER = (
+    *("hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
+    *("sliding_window", "layer_types"),
+)
 _PROCESSOR = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
@@ -26,37 +34,57 @@ _PROCESSOR = (
 
 @dataclass(frozen=True)
 class Seed:
-    """A frozen seed model with what turns names and images into its inputs. Shared within a process: never modified."""
+    """A frozen seed model with what turns names, text and images into its inputs. Shared within a process: never modified.
+
+    ``model`` is a CLIP model, or a decoder for text, which has no ``processor``.
+    """
 
     reference: str
-    model: CLIPModel
+    model: Any
     tokenizer: Any
     processor: Any
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the seed's output: every parameter's name, dtype, shape and bytes, the settings of both
-        towers and of the image processor, and the tokenizer's words.
+        """SHA-256 over all that decides the seed's output: every parameter's name, dtype, shape and bytes, the settings of the
+        model's layers and of the image processor, and the tokenizer's words.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         # By name: the files hold much else, such as versions and paths, that may differ between places.
-        towers = (self.model.config.vision_config, self.model.config.text_config)
-        for part, names in ((towers[0], _TOWER), (towers[1], _TOWER), (self.processor, _PROCESSOR)):
+        config = self.model.config
+        if is_image_model(self.model):
+            parts = [(config.vision_config, _TOWER), (config.text_config, _TOWER), (self.processor, _PROCESSOR)]
+        else:
+            parts = [(config, _DECODER)]
+        for part, names in parts:
             digest.update(repr([(name, _plain(getattr(part, name, None))) for name in names]).encode())
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def ffn_paths(self) -> list[str]:
         return ffn_paths(self.model)
+
+    @cached_property
+    def form(self) -> Form:
+        """The form that all its feed-forward sublayers have."""
+        form = form_of(self.model.get_submodule(self.ffn_paths[0]))
+        assert form is not None
+        return form
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether it takes images; otherwise text."""
+        return is_image_model(self.model)
 
     @property
     def width(self) -> int:
         """d, the width of the residual stream and of every routing vector."""
-        return self.model.vision_model.config.hidden_size
+        config = self.model.config
+        return config.vision_config.hidden_size if self.is_image_model else config.hidden_size
 
 
 def _plain(value: Any) -> Any:
@@ -70,62 +98,63 @@ def _plain(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def load_seed(reference: str) -> Seed:
-    """Load a seed once per process: ``"glyphs"`` (built in) or a folder with a CLIP model, tokenizer and image processor.
+    """Load a seed once per process.
+
+    Args:
+        reference: ``"glyphs"`` (built in); a folder with a model, its tokenizer and, for CLIP, its image processor; a .gguf
+            file; ``"package:NAME"`` for the one in an installed package, which is not imported; or a hub id such as "org/name".
 
     Raises:
-        InputFileError: the folder holds no CLIP model.
+        InputFileError: there is no such folder or file, or what is there cannot be loaded.
+        HubError: the hub cannot be reached, does not have it, or does not give it without a licence accepted.
         ModelStructureError: its feed-forward sublayers cannot be found.
     """
-    packaged = resources.files("common") / "model" / "glyphs_seed"
-    folder = Path(str(packaged)) if reference == "glyphs" else Path(reference)
-    if not (folder / "config.json").is_file():
-        raise InputFileError(f'seed-model = {reference!r}: {folder} holds no config.json; give "glyphs" or a model\'s folder')
     transformers_logging.disable_progress_bar()
+    if reference == "glyphs":
+        place = str(resources.files("common") / "model" / "glyphs_seed")
+    elif reference.startswith("package:"):
+        place = str(from_gguf(packaged_gguf(reference.removeprefix("package:"))))
+    elif reference.endswith(".gguf"):
+        place = str(from_gguf(Path(reference)))
+    else:
+        place = reference
+    local = Path(place)
+    if not (local / "config.json").is_file() and (local.exists() or place.count("/") != 1):
+        raise InputFileError(
+            f"seed-model = {reference!r}: {local} holds no config.json; give glyphs, a model's folder, a .gguf file, "
+            "package:NAME, or a hub id such as org/name"
+        )
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "clip":
-            raise InputFileError(f"seed-model = {reference!r} is a {kind!r} model; supported are: clip")
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        kind = AutoConfig.from_pretrained(place).model_type
+        architecture = CLIPModel if kind == "clip" else AutoModelForCausalLM
+        model = architecture.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        processor = AutoImageProcessor.from_pretrained(place, backend="pil") if kind == "clip" else None
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputFileError(f"seed-model = {reference!r}: {folder} cannot be loaded: {error}") from error
+        if local.exists():
+            raise InputFileError(f"seed-model = {reference!r}: {local} cannot be loaded: {error}") from error
+        raise hub_error("seed-model", reference, error) from error
     ffn_paths(model)
     return Seed(reference, model, tokenizer, processor)
 
 
-def ffn_paths(model: nn.Module) -> list[str]:
-    """Module paths of the vision tower's feed-forward sublayers, lowest layer first, found by their structure.
-
-    A feed-forward sublayer is a module with linear ``fc1`` [d -> h] and ``fc2`` [h -> d].
-
-    Raises:
-        ModelStructureError: there is none; names what was found.
-    """
-    tower = getattr(model, "vision_model", None)
-    modules = list(tower.named_modules(prefix="vision_model")) if tower is not None else []
-    paths = [path for path, module in modules if _is_ffn(module)]
-    if not paths:
-        kinds = sorted({type(module).__name__ for _, module in modules}) or [type(model).__name__]
-        raise ModelStructureError(
-            f"no feed-forward sublayer with linear fc1 and fc2 in the vision tower; found {', '.join(kinds)}"
-        )
-    return paths
+def hub_error(setting: str, reference: str, error: Exception) -> HubError:
+    """What to tell a user whose model or data set the hub did not give."""
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(c, GatedRepoError) for c in causes) or "gated" in str(error):
+        remedy = "it is gated: accept its licence on the hub, and log in with 'hf auth login' or the variable HF_TOKEN"
+    elif any(isinstance(c, HfHubHTTPError) and c.response is not None and c.response.status_code in (401, 404) for c in causes):
+        remedy = "the hub has no such name, or not for you: check the spelling, or log in with 'hf auth login'"
+    else:
+        remedy = "the hub cannot be reached from here: download it elsewhere, and give the folder in place of the hub id"
+    return HubError(f"{setting} = {reference!r}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
-def _is_ffn(module: nn.Module) -> bool:
-    up, down = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if not (isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
-        return False
-    return up.in_features == down.out_features and up.out_features == down.in_features
-
-
-def share(model: CLIPModel) -> CLIPModel:
+def share(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules over the *same* parameter tensors, so that a layer can be replaced without touching the seed."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, tensors)
-
-
-def embed(model: CLIPModel, pixel_values: Tensor) -> Tensor:
-    """M0's embedding z: the vision tower's pooled output after the final layer norm. float32 [B, d]."""
-    return model.vision_model(pixel_values=pixel_values).pooler_output

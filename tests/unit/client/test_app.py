@@ -16,7 +16,8 @@ from common.config import Settings, validated
 from common.data.datasets import load_private, public_fingerprint
 from common.data.tasks import batches
 from common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
-from common.model.seed import embed, load_seed
+from common.model.inputs import embed
+from common.model.seed import load_seed
 from common.wire import (
     ARRAYS,
     AUDIT,

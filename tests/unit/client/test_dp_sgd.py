@@ -14,8 +14,9 @@ from common.config import Settings, changed
 from common.data.datasets import label_space, load_private, load_public
 from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
 from common.errors import PrivateDataError
+from common.model.inputs import embed
 from common.model.lora import Expert, rounded, with_lora
-from common.model.seed import embed, load_seed
+from common.model.seed import load_seed
 from common.privacy import Mechanism
 from common.wire import Request
 from tests.conftest import random_expert

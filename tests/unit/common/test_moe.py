@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from common.config import Settings, validated
+from common.model.inputs import embed, masked_mean
 from common.model.lora import save_adapter, with_lora
 from common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
-from common.model.routing import ffn_inputs, masked_mean
-from common.model.seed import Seed, embed
+from common.model.routing import ffn_inputs
+from common.model.seed import Seed
 from server.unify import train_router
 from tests.conftest import WORDS, random_expert, random_features, random_pixels
 
@@ -71,8 +72,8 @@ def test_a_layer_is_the_weighted_sum_of_its_experts_ffns(seed: Seed, settings: S
         for b, t in itertools.product(range(2), range(5)):
             expected = torch.zeros(seed.width)
             for k in probabilities[b, t].topk(top_k).indices.tolist():
-                w1 = layer.base.fc1.weight + layer.scale * layer.b1[k] @ layer.a1[k]
-                w2 = layer.base.fc2.weight + layer.scale * layer.b2[k] @ layer.a2[k]
+                w1 = layer.base.fc1.weight + layer.scale * layer.b["fc1"][k] @ layer.a["fc1"][k]
+                w2 = layer.base.fc2.weight + layer.scale * layer.b["fc2"][k] @ layer.a["fc2"][k]
                 ffn = w2 @ layer.base.activation_fn(w1 @ z[b, t] + layer.base.fc1.bias) + layer.base.fc2.bias
                 expected += probabilities[b, t, k] * ffn
             torch.testing.assert_close(out[b, t], expected, atol=2e-5, rtol=1e-4)

@@ -5,19 +5,21 @@ import torch
 
 from common.config import Settings, changed
 from common.data.datasets import load_private
+from common.data.tasks import ImageBatch, ImageSamples, accuracy
+from common.model.inputs import embed
 from common.model.lora import with_lora
-from common.model.seed import Seed, embed
+from common.model.seed import Seed
 from simulations import fedavg
-from simulations.evaluate import ImageSet, ensemble, own_share, percent_right, soup
+from simulations.evaluate import TestSet, ensemble, own_share, soup
 from tests.conftest import random_expert, random_pixels
 
 
 def test_btm_is_the_mean_of_probabilities() -> None:
     # softmax(0, ln 3) = (1/4, 3/4), softmax(0, 0) = (1/2, 1/2), softmax(ln 4, 0) = (4/5, 1/5).
     members = [torch.log(torch.tensor([[1.0, 3.0]])), torch.zeros(1, 2), torch.log(torch.tensor([[4.0, 1.0]]))]
-    scores = ensemble([lambda _pixels, _texts, member=member: member for member in members])
+    scores = ensemble([lambda _batch, member=member: member for member in members])
     expected = [(1 / 4 + 1 / 2 + 4 / 5) / 3, (3 / 4 + 1 / 2 + 1 / 5) / 3]
-    torch.testing.assert_close(scores(torch.zeros(1), torch.zeros(1)), torch.tensor([expected]))
+    torch.testing.assert_close(scores(ImageBatch(torch.zeros(1), torch.zeros(1), torch.zeros(1))), torch.tensor([expected]))
 
 
 def test_a_soup_is_the_dense_model_with_the_mean_weights(seed: Seed, settings: Settings) -> None:
@@ -36,16 +38,16 @@ def test_a_soup_is_the_dense_model_with_the_mean_weights(seed: Seed, settings: S
         torch.testing.assert_close(one, other)
 
 
-def test_percent_right_of_a_hand_computed_case() -> None:
-    images = ImageSet("a", "a", torch.arange(5.0).reshape(5, 1), torch.tensor([0, 1, 1, 0, 1]), torch.zeros(2))
+def test_accuracy_of_a_hand_computed_case() -> None:
+    images = ImageSamples(torch.arange(5.0).reshape(5, 1), torch.tensor([0, 1, 1, 0, 1]), torch.zeros(2), at_once=2)
     # Class 1 from 2 on: right are 0, 2 and 4.
-    right = percent_right(lambda pixels, _texts: torch.cat([2 - pixels - 0.5, pixels - 2 + 0.5], dim=1), images)
+    right = accuracy(lambda batch: torch.cat([2 - batch.inputs - 0.5, batch.inputs - 2 + 0.5], dim=1), images)
     assert right == pytest.approx(60.0)
 
 
 def test_a_share_counts_every_expert_of_the_own_domain(settings: Settings) -> None:
     six = settings.model_copy(update={"clients": 6})
-    images = ImageSet("greek, blur", "greek", torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    images = TestSet("greek, blur", "greek", ImageSamples(torch.zeros(1), torch.zeros(1), torch.zeros(1)))
     # Clients 1 and 4 have greek; two layers decide.
     shares = [[0.1, 0.2, 0.1, 0.1, 0.3, 0.2], [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]]
     assert own_share(six, images, shares) == pytest.approx((0.5 + 1.0) / 2)

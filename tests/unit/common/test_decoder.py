@@ -1,0 +1,241 @@
+"""Decoders of the LLaMA family, in their real classes and tiny configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from common.config import Settings, changed
+from common.data.tasks import TextBatch, TextSamples
+from common.data.text import Question, packed
+from common.errors import ModelStructureError
+from common.model.generation import generate
+from common.model.inputs import Tokens, encode, prompt_tokens
+from common.model.lora import save_adapter, with_lora
+from common.model.moe import RouterWeights, UnifiedModel
+from common.model.routing import ffn_inputs, sample_features
+from common.model.seed import Seed, load_seed
+from simulations.train_seed import tokenizer_for
+from tests.conftest import WORDS, random_expert, random_features
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+WIDTH = 32
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seed:
+    """A decoder with random weights on disk: three layers of width 32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tokenizer_for(WORDS)
+    configuration, kind = CLASSES[request.param]
+    torch.manual_seed(0)
+    model = kind(
+        configuration(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.4,
+            eos_token_id=3,
+            pad_token_id=None,
+            bos_token_id=1,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_seed.__wrapped__(str(folder))
+
+
+@pytest.fixture(params=["once", "per-layer"])
+def text_settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    return changed(settings, [f"router.decide={request.param}"])
+
+
+def build(seed: Seed, settings: Settings, experts: int = 3) -> UnifiedModel:
+    """A unified model with random experts and rows that send different texts, and tokens, to different ones."""
+    deciding = 1 if settings.router.decide == "once" else 3
+    routers = [
+        RouterWeights(random_features(experts, seed.width, i), np.zeros(experts), settings.router.context)
+        for i in range(deciding)
+    ]
+    weights = [random_expert(seed, settings, k) for k in range(experts)]
+    return UnifiedModel(seed, weights, settings.lora, settings.router, routers).eval()
+
+
+def prompts(lengths: list[int], pads: int = 0, left: bool = False) -> Tokens:
+    """Random prompts, always the same for their lengths, with at least so many tokens of padding on one side."""
+    rows, real = [], []
+    width = max(lengths) + pads
+    for number, length in enumerate(lengths):
+        ids = torch.randint(4, 12, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+        padding = [0] * (width - length)
+        rows.append(padding + ids if left else ids + padding)
+        mask = [False] * len(padding), [True] * length
+        real.append(mask[0] + mask[1] if left else mask[1] + mask[0])
+    return prompt_tokens(torch.tensor(rows), torch.tensor(real))
+
+
+@torch.inference_mode()
+def test_the_way_through_is_the_stock_models(decoder: Seed) -> None:
+    inputs = prompts([9])
+    stock = AutoModelForCausalLM.from_pretrained(decoder.reference, dtype=torch.float32)
+    torch.testing.assert_close(
+        decoder.model.lm_head(encode(decoder.model, inputs)), stock(inputs.ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.inference_mode()
+def test_one_expert_equals_its_stock_peft_adapter(decoder: Seed, text_settings: Settings, tmp_path: Path) -> None:
+    expert = random_expert(decoder, text_settings, 1)
+    save_adapter(tmp_path, decoder, text_settings.lora, expert)
+    base = AutoModelForCausalLM.from_pretrained(decoder.reference, dtype=torch.float32)
+    ids = prompts([7]).ids
+    before = base(ids).logits
+    expected = PeftModel.from_pretrained(base, tmp_path)(ids).logits
+    model = build(decoder, text_settings, experts=1)
+    alone = UnifiedModel(decoder, [expert], text_settings.lora, text_settings.router, [r.weights() for r in model.routers])
+    torch.testing.assert_close(alone.backbone.lm_head(alone(prompts([7]))[0]), expected, atol=1e-4, rtol=1e-4)
+    own = with_lora(decoder, text_settings.lora, expert)
+    torch.testing.assert_close(own.lm_head(encode(own, prompts([7]))), expected, atol=1e-4, rtol=1e-4)
+    assert (before - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("left", [False, True])
+@torch.inference_mode()
+def test_padding_on_either_side_and_other_texts_change_nothing(decoder: Seed, text_settings: Settings, left: bool) -> None:
+    model, lengths = build(decoder, text_settings), [3, 8, 5]
+    inputs = prompts(lengths, pads=4, left=left)
+    encoded, decisions = model(inputs)
+    for row, length in enumerate(lengths):
+        alone = Tokens(
+            *(getattr(prompts(lengths[: row + 1]), f)[row : row + 1] for f in ("ids", "positions", "visible", "prompt"))
+        )
+        alone = Tokens(
+            alone.ids[:, :length], alone.positions[:, :length], alone.visible[:, :length, :length], alone.prompt[:, :length]
+        )
+        expected, own = model(alone)
+        real = inputs.prompt[row]
+        torch.testing.assert_close(encoded[row, real], expected[0], atol=2e-5, rtol=1e-4)
+        for got, wanted in zip(decisions, own, strict=True):
+            torch.testing.assert_close(got[row, real], wanted[0], atol=2e-5, rtol=1e-4)
+    # Means of routing vectors do not see padding either.
+    padded = torch.cat(list(sample_features(decoder.model, decoder.ffn_paths, [inputs])))
+    plain = torch.cat(list(sample_features(decoder.model, decoder.ffn_paths, [prompts(lengths)])))
+    torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_cached_generation_equals_the_full_forward_token_by_token(decoder: Seed, text_settings: Settings) -> None:
+    model, prompt = build(decoder, text_settings), prompts([6]).ids[0].tolist()
+    made = list(generate(model, prompt, None, 7))
+    ids = torch.tensor([prompt + [token for token, _ in made]])
+    inputs = replace(prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), prompt=torch.arange(13)[None] < 6)
+    encoded, decisions = model(inputs)
+    logits = model.backbone.lm_head(encoded[0])
+    assert [token for token, _ in made] == logits.argmax(1)[5:12].tolist()
+    assert len({token for token, _ in made}) > 1
+    for step, (_, routing) in enumerate(made):
+        expected = torch.stack([decision[0, 5 + step] for decision in decisions])
+        torch.testing.assert_close(routing, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_comes_later_does_not_route_what_came_before(decoder: Seed, text_settings: Settings) -> None:
+    """After the prompt, where it is decided once; anywhere, where every layer decides."""
+    model, inputs = build(decoder, text_settings), prompts([9])
+    inputs = replace(inputs, prompt=torch.arange(9)[None] < 4)
+    other = inputs.ids.clone()
+    other[0, 6:] = 15 - other[0, 6:]
+    one, two = model(inputs)[0], model(replace(inputs, ids=other))[0]
+    torch.testing.assert_close(one[0, :6], two[0, :6], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(one[0, 6:], two[0, 6:], atol=1e-2)
+
+
+@torch.inference_mode()
+def test_packed_choices_score_as_each_by_itself(decoder: Seed, text_settings: Settings) -> None:
+    model = build(decoder, text_settings)
+    rows = [([5, 6, 7, 8], [[9, 4], [10], [5, 5, 11]]), ([8, 4], [[6], [7, 9, 9, 4]])]
+    batch = TextBatch(*packed(rows))
+    scores = batch.scores(model.backbone, model(batch.inputs)[0])
+    assert scores.shape == (2, 3)
+    assert scores[1, 2] == -torch.inf
+    for row, (prompt, choices) in enumerate(rows):
+        for number, choice in enumerate(choices):
+            ids = torch.tensor([prompt + choice])
+            alone = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+            alone = replace(alone, prompt=torch.arange(ids.shape[1])[None] < len(prompt))
+            logits = model.backbone.lm_head(model(alone)[0])[0].log_softmax(-1)
+            predicted = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(choice)[:, None])
+            torch.testing.assert_close(scores[row, number], predicted.mean(), atol=2e-5, rtol=1e-4)
+
+
+def test_the_loss_is_that_of_the_answer_and_the_end_alone(decoder: Seed) -> None:
+    samples = TextSamples([Question([5, 6, 7], [[8], [9, 10]], 1)], end=3)
+    batch = samples.taught(torch.tensor([0]))
+    loss = batch.loss(decoder.model, encode(decoder.model, batch.inputs))
+    with torch.inference_mode():
+        logits = decoder.model(torch.tensor([[5, 6, 7, 9, 10]])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(loss, -(logits[2, 9] + logits[3, 10] + logits[4, 3]) / 3, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_rows_lambda_and_experts(decoder: Seed, text_settings: Settings) -> None:
+    model = build(decoder, text_settings)
+    batch = TextBatch(*packed([([5, 6, 7, 8], [[9, 4]]), ([8, 4, 9], [[6]])]))
+    batch.loss(model.backbone, model(batch.inputs)[0]).backward()
+    for router in model.routers:
+        assert router.rows.grad.abs().max() > 1e-6
+        assert router.context.grad.abs() > 1e-7
+    for layer in model.layers:
+        assert all(matrix.grad.abs().max() > 0 for matrix in (*layer.a.values(), *layer.b.values()))
+    assert all(parameter.grad is None for parameter in decoder.model.parameters())
+
+
+@torch.inference_mode()
+def test_at_lambda_one_a_decision_is_one_for_the_whole_text(decoder: Seed, settings: Settings) -> None:
+    fixed = changed(settings, ["router.context=1", "router.learn-context=false"])
+    learnt = changed(settings, ["router.context=1"])
+    inputs = prompts([5, 7])
+    (one, (decision,)), (two, (each,)) = build(decoder, fixed)(inputs), build(decoder, learnt)(inputs)
+    assert (decision.shape, each.shape) == ((2, 1, 3), (2, 7, 3))
+    torch.testing.assert_close(decision.expand(each.shape)[inputs.prompt], each[inputs.prompt], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one[inputs.prompt], two[inputs.prompt], atol=2e-5, rtol=1e-4)
+
+
+def test_features_are_means_over_the_prompt(decoder: Seed) -> None:
+    inputs = replace(prompts([6]), prompt=torch.arange(6)[None] < 4)
+    (features,) = sample_features(decoder.model, decoder.ffn_paths[1:2], [inputs])
+    with torch.inference_mode(), ffn_inputs(decoder.model, decoder.ffn_paths[1:2]) as captured:
+        hidden = encode(decoder.model, inputs)
+    torch.testing.assert_close(features[0, 0], captured[decoder.ffn_paths[1]][0, :4].mean(0))
+    torch.testing.assert_close(features[0, 1], hidden[0, :4].mean(0))
+
+
+def test_a_model_of_another_structure_says_what_was_found(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path)
+    tokenizer_for(WORDS).save_pretrained(tmp_path)
+    with pytest.raises(ModelStructureError, match=r"gate_proj, up_proj, down_proj in GPT2LMHeadModel; found .*GPT2LMHeadModel"):
+        load_seed.__wrapped__(str(tmp_path))
