@@ -1,28 +1,71 @@
-"""A client's own data: a folder of images by split and class, checked before anything is connected or trained.
+"""A client's own data: images by split and class, or questions by split, checked before anything is connected or trained.
 
 DIR/train/CLASS NAME/*.png     private training images
 DIR/test/CLASS NAME/*.png      images that the delivered model is evaluated on, here and nowhere else
 DIR/validation/CLASS NAME/     only where settings ask for it
+
+DIR/train.jsonl                private training questions, one JSON object a line; .jsonl.gz does as well
+DIR/test.jsonl                 likewise
 """
 
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
+from datasets import Dataset
 
-from common.errors import PrivateDataError
+from common.data.images import class_folders, image_dataset, image_files, readable
+from common.data.questions import read_questions
+from common.errors import DataFormatError, InputFileError, PrivateDataError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What is in a client's data folder: images by split and class, and the files that cannot be used."""
+    """What is in a client's data folder: samples by split and class, or number of choices, and what is wrong."""
 
     counts: dict[str, dict[str, int]]
-    unreadable: list[Path]
+    wrong: list[str]
+
+
+def check_questions(folder: Path) -> FolderReport:
+    """Read every question of a data folder once.
+
+    Raises:
+        PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent.
+    """
+    _check_place(folder)
+    counts: dict[str, dict[str, int]] = {}
+    wrong = []
+    for split in _SPLITS:
+        try:
+            sizes = [f"{len(choices)} choices" for choices in read_question_folder(folder, split)["choices"]]
+            counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
+        except PrivateDataError as error:
+            if split != "validation":
+                wrong.append(str(error))
+    return FolderReport(counts, wrong)
+
+
+def read_question_folder(folder: Path, split: str) -> Dataset:
+    """The questions of one split; columns as in :mod:`common.data.questions`.
+
+    Raises:
+        PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a line is not a
+            question.
+    """
+    _check_place(folder)
+    file = next((file for file in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if file.is_file()), None)
+    if file is None:
+        raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
+    try:
+        questions = read_questions(file)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
+    if len(questions) == 0:
+        raise PrivateDataError(f"{file} has no question with a label")
+    return questions
 
 
 def check_folder(folder: Path) -> FolderReport:
@@ -35,16 +78,17 @@ def check_folder(folder: Path) -> FolderReport:
     _check_place(folder)
     names = _class_names(folder)
     counts: dict[str, dict[str, int]] = {}
-    unreadable = []
-    for split in ("train", "validation", "test"):
+    wrong = []
+    for split in _SPLITS:
         if (folder / split).is_dir():
             counts[split] = dict.fromkeys(names, 0)
-            for file, label in _files(folder, split, names):
-                if _readable(file):
+            for file, label in image_files(folder / split, names):
+                if readable(file):
                     counts[split][names[label]] += 1
                 else:
-                    unreadable.append(file)
-    return FolderReport(counts, unreadable)
+                    wrong.append(f"{file} is not an image that can be read")
+    wrong += [f"{folder / split} has no images" for split in ("train", "test") if not sum(counts.get(split, {}).values())]
+    return FolderReport(counts, wrong)
 
 
 def read_folder(folder: Path, split: str) -> Dataset:
@@ -57,14 +101,12 @@ def read_folder(folder: Path, split: str) -> Dataset:
     """
     _check_place(folder)
     names = _class_names(folder)
-    files = _files(folder, split, names)
+    files = image_files(folder / split, names)
     if not files:
         raise PrivateDataError(f"{folder / split} has no images; put them into one folder for each class")
-    if bad := [file for file, _ in files if not _readable(file)]:
+    if bad := [file for file, _ in files if not readable(file)]:
         raise PrivateDataError(f"{bad[0]} is not an image that can be read ({len(bad)} of {len(files)}); remove or replace it")
-    features = Features({"image": Image(mode="RGB"), "label": ClassLabel(names=names)})
-    rows = {"image": [str(file) for file, _ in files], "label": [label for _, label in files]}
-    return Dataset.from_dict(rows, features=features)
+    return image_dataset(files, names)
 
 
 def _check_place(folder: Path) -> None:
@@ -87,34 +129,12 @@ def _is_flower_app(project: Path) -> bool:
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = _folders(folder / "train")
+    names = class_folders(folder / "train")
     if not names:
         raise PrivateDataError(
             f"{folder / 'train'} has no folder for a class; expected are files such as train/CLASS NAME/1.png"
         )
     for split in ("validation", "test"):
-        if unknown := sorted(set(_folders(folder / split)) - set(names)):
+        if unknown := sorted(set(class_folders(folder / split)) - set(names)):
             raise PrivateDataError(f"{folder / split} has the class {unknown[0]!r}, which {folder / 'train'} has not")
     return names
-
-
-def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-
-
-def _files(folder: Path, split: str, names: list[str]) -> list[tuple[Path, int]]:
-    return [
-        (file, label)
-        for label, name in enumerate(names)
-        for file in sorted((folder / split / name).glob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
-
-
-def _readable(file: Path) -> bool:
-    try:
-        with PILImage.open(file) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
-        return False
-    return True

@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from client.folder import read_folder
+from client.folder import read_folder, read_question_folder
 from client.site import Site
 from common.config import Settings
 from common.data.datasets import known_classes, load_private
@@ -24,6 +24,8 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
         return load_private(settings, site.client, split)
     if site.data is None:
         raise PrivateDataError("the run is for the clients' own data, but data-dir is not in this client's node config")
+    if settings.data.source == "questions":
+        return read_question_folder(site.data, split)
     data = read_folder(site.data, split)
     # A name that not all know is not told by training on it either.
     if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):

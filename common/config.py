@@ -80,12 +80,6 @@ class Data(Section):
             raise ValueError(f"data.test-corruptions is for data.source = glyphs, not {self.source}")
         if self.source == "questions" and self.public_without:
             raise ValueError("data.public-without goes by class names, and data.source = questions has none")
-        wanted = len(self.domains) if self.private == "built-in" else 0
-        if self.source != "glyphs" and not self.folder and (len(self.hub) < wanted or not self.public_hub):
-            raise ValueError(
-                f"data.source = {self.source} needs data.folder (--data-dir), or data.public-hub and a hub id in data.hub for "
-                f"each of {wanted} domains"
-            )
         if "{}" not in self.prompt:
             raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
         return self
@@ -269,6 +263,12 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
+        wanted = len(self.data.domains) if self.data.private == "built-in" else 0
+        if self.data.source != "glyphs" and not self.data.folder and (len(self.data.hub) < wanted or not self.data.public_hub):
+            raise ValueError(
+                f"data.source = {self.data.source} needs data.folder (--data-dir), or data.public-hub and a hub id in data.hub "
+                f"for each of {wanted} domains"
+            )
         if self.proxies.count > self.proxies.pool:
             raise ProxyCountError(
                 f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "

@@ -21,7 +21,10 @@ def _client() -> None:
 
 @client.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="Data folder: train/CLASS NAME/*.png, test/CLASS NAME/*.png.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Data folder: train/CLASS NAME/*.png and test/CLASS NAME/*.png, or train.jsonl and test.jsonl."),
+    ],
     preset: Annotated[str, typer.Option(help="Preset or TOML file of the run, which decides what would be sent.")] = "glyphs",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
@@ -30,27 +33,27 @@ def check(
     """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
     exit code is 1 if anything is wrong.
     """
-    from client.folder import check_folder
+    from client.folder import check_folder, check_questions
     from common.data.datasets import known_classes
     from common.model.seed import load_seed
     from common.wire import MESSAGE_TYPE, reply_artifacts
 
     settings = load_settings(preset, set_ or [])
-    with _console.status("opening every image"):
-        report = check_folder(folder)
-    counts = Table("class", *report.counts, title="images")
-    for name in report.counts["train"]:
-        counts.add_row(name, *(str(by_class[name]) for by_class in report.counts.values()))
+    questions = settings.data.source == "questions"
+    with _console.status("opening every file"):
+        report = check_questions(folder) if questions else check_folder(folder)
+    counts = Table("questions" if questions else "class", *report.counts, title="questions" if questions else "images")
+    for name in sorted({name for by_class in report.counts.values() for name in by_class}):
+        counts.add_row(name, *(str(by_class.get(name, 0)) for by_class in report.counts.values()))
     _console.print(counts)
-    known = set(known_classes(settings.data))
-    wrong = [f"{file} is not an image that can be read" for file in report.unreadable]
-    wrong += [f"class {name!r} is neither in data.classes nor public" for name in report.counts["train"] if name not in known]
-    wrong += [
-        f"{folder / split} has no images" for split in ("train", "test") if not sum(report.counts.get(split, {}).values())
-    ]
+    wrong = list(report.wrong)
+    if not questions:
+        known = set(known_classes(settings.data))
+        names = report.counts["train"]
+        wrong += [f"class {name!r} is neither in data.classes nor public" for name in names if name not in known]
     seed = load_seed(settings.seed_model)
     sent = Table(
-        "when", Column("array", overflow="fold"), "form", "bytes", title="what would be sent, however many images there are"
+        "when", Column("array", overflow="fold"), "form", "bytes", title="what would be sent, however many samples there are"
     )
     total = 0
     for kind in MESSAGE_TYPE:

@@ -23,7 +23,7 @@ from common.model.lora import Expert, load_adapter, save_adapter
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.seed import Seed, load_seed
 
-FORMAT = 2
+FORMAT = 3
 _MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
@@ -38,6 +38,10 @@ class UnifiedWeights:
     routers: list[RouterWeights]
 
 
+class _Format(BaseModel):
+    format: int
+
+
 class Manifest(BaseModel):
     """Contents of manifest.json."""
 
@@ -50,6 +54,8 @@ class Manifest(BaseModel):
     lora: config.Lora
     router: config.Router
     prompt: str
+    prompt_tokens: int
+    answer_tokens: int
     classes: list[str]
     files: dict[str, str]
 
@@ -100,6 +106,8 @@ def save_model(
             lora=settings.lora,
             router=settings.router,
             prompt=settings.data.prompt,
+            prompt_tokens=settings.data.prompt_tokens,
+            answer_tokens=settings.data.answer_tokens,
             classes=classes,
             files=files,
         )
@@ -114,16 +122,18 @@ def read_manifest(folder: Path) -> Manifest:
         ModelFileError: there is none, or it is not one of ours.
     """
     try:
-        manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+        text = (folder / _MANIFEST).read_bytes()
+        # Before anything else: a manifest of another format has other fields.
+        found = _Format.model_validate_json(text).format
+        if found != FORMAT:
+            raise ModelFileError(f"{folder / _MANIFEST} has format {found}; this version reads {FORMAT}")
+        return Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         raise ModelFileError(
             f"{folder} holds no {_MANIFEST}; give the folder of a unified model, such as runs/demo/model"
         ) from error
     except ValidationError as error:
         raise ModelFileError(f"{folder / _MANIFEST}: {first_problem(error)}") from error
-    if manifest.format != FORMAT:
-        raise ModelFileError(f"{folder / _MANIFEST} has format {manifest.format}; this version reads {FORMAT}")
-    return manifest
 
 
 def load_model(folder: Path) -> Loaded:

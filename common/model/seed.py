@@ -110,20 +110,7 @@ def load_seed(reference: str) -> Seed:
         ModelStructureError: its feed-forward sublayers cannot be found.
     """
     transformers_logging.disable_progress_bar()
-    if reference == "glyphs":
-        place = str(resources.files("common") / "model" / "glyphs_seed")
-    elif reference.startswith("package:"):
-        place = str(from_gguf(packaged_gguf(reference.removeprefix("package:"))))
-    elif reference.endswith(".gguf"):
-        place = str(from_gguf(Path(reference)))
-    else:
-        place = reference
-    local = Path(place)
-    if not (local / "config.json").is_file() and (local.exists() or place.count("/") != 1):
-        raise InputFileError(
-            f"seed-model = {reference!r}: {local} holds no config.json; give glyphs, a model's folder, a .gguf file, "
-            "package:NAME, or a hub id such as org/name"
-        )
+    place = seed_place(reference)
     try:
         kind = AutoConfig.from_pretrained(place).model_type
         architecture = CLIPModel if kind == "clip" else AutoModelForCausalLM
@@ -131,11 +118,32 @@ def load_seed(reference: str) -> Seed:
         tokenizer = AutoTokenizer.from_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place, backend="pil") if kind == "clip" else None
     except (OSError, ValueError, SafetensorError) as error:
-        if local.exists():
-            raise InputFileError(f"seed-model = {reference!r}: {local} cannot be loaded: {error}") from error
+        if Path(place).exists():
+            raise InputFileError(f"seed-model = {reference!r}: {place} cannot be loaded: {error}") from error
         raise hub_error("seed-model", reference, error) from error
     ffn_paths(model)
     return Seed(reference, model, tokenizer, processor)
+
+
+def seed_place(reference: str) -> str:
+    """The folder or hub id of a seed, as :func:`load_seed` takes it; a .gguf file is read into a folder in the cache.
+
+    Raises:
+        InputFileError: there is no such folder or file.
+    """
+    if reference == "glyphs":
+        return str(resources.files("common") / "model" / "glyphs_seed")
+    if reference.startswith("package:"):
+        return str(from_gguf(packaged_gguf(reference.removeprefix("package:"))))
+    if reference.endswith(".gguf"):
+        return str(from_gguf(Path(reference)))
+    local = Path(reference)
+    if not (local / "config.json").is_file() and (local.exists() or reference.count("/") != 1):
+        raise InputFileError(
+            f"seed-model = {reference!r}: {local} holds no config.json; give glyphs, a model's folder, a .gguf file, "
+            "package:NAME, or a hub id such as org/name"
+        )
+    return reference
 
 
 def hub_error(setting: str, reference: str, error: Exception) -> HubError:

@@ -49,7 +49,8 @@ def test_a_check_counts_and_names_what_cannot_be_read(folder: Path) -> None:
     (folder / "train" / "DIGIT ONE" / "notes.txt").write_text("no image, and not taken for one")
     report = check_folder(folder)
     assert report.counts == {"train": {"DIGIT ONE": 3, "DIGIT TWO": 3}, "test": {"DIGIT ONE": 2, "DIGIT TWO": 2}}
-    assert [file.name for file in report.unreadable] == ["broken.png"]
+    assert len(report.wrong) == 1
+    assert "broken.png is not an image" in report.wrong[0]
     with pytest.raises(PrivateDataError, match=r"broken\.png is not an image"):
         read_folder(folder, "train")
 

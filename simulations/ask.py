@@ -1,0 +1,95 @@
+"""Asking a unified model: how good it is on a user's own samples, and what it goes on to say."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.stats import binomtest
+
+from common.config import Data
+from common.data.images import class_folders, image_dataset, image_files
+from common.data.questions import read_questions
+from common.data.tasks import class_names, samples_of
+from common.errors import InputFileError
+from common.model.artifact import Loaded
+from common.model.generation import generate
+from simulations.evaluate import accuracy_and_routing
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in percent on ``count`` samples with its 95% interval (Wilson), and each expert's share of the tokens."""
+
+    percent: float
+    interval: tuple[float, float]
+    count: int
+    experts: list[tuple[str, float]]
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of ``right`` in ``count`` (Wilson 1927), in percent."""
+    found = binomtest(right, count).proportion_ci(method="wilson")
+    return 100 * float(found.low), 100 * float(found.high)
+
+
+def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
+    """A unified model's accuracy on samples from disk.
+
+    Args:
+        loaded: the model.
+        path: for a model of images a folder with one folder for each class, among whose names each image is named; for one of
+            text a file of JSON lines.
+
+    Raises:
+        InputFileError: there is nothing there that the model takes.
+        DataFormatError: a line is not a question.
+    """
+    manifest = loaded.manifest
+    if loaded.seed.is_image_model:
+        names = class_folders(path)
+        files = image_files(path, names)
+        if not files:
+            raise InputFileError(f"--data {path} has no images; expected are files such as CLASS NAME/1.png")
+        samples, source = image_dataset(files, names), "images"
+    else:
+        samples, source = read_questions(path), "questions"
+        if not len(samples):
+            raise InputFileError(f"--data {path} has no question with a label")
+    data = Data(
+        source=source,
+        prompt=manifest.prompt,
+        prompt_tokens=manifest.prompt_tokens,
+        answer_tokens=manifest.answer_tokens,
+    )
+    percent, by_layer = accuracy_and_routing(loaded.model, samples_of(loaded.seed, data, [samples], class_names(samples)))
+    shares = torch.tensor(by_layer).mean(0).tolist()
+    right = round(percent * len(samples) / 100)
+    return Evaluation(
+        percent,
+        interval(right, len(samples)),
+        len(samples),
+        sorted(zip(manifest.expert_names, shares, strict=True), key=lambda pair: -pair[1]),
+    )
+
+
+def spoken(loaded: Loaded, prompt: str, most: int) -> Iterator[tuple[str, str]]:
+    """What the model goes on to say, piece by piece, each with the expert that it went to in the highest layer that decides.
+
+    Raises:
+        InputFileError: the model is one of images, or the prompt is empty.
+    """
+    if loaded.seed.is_image_model:
+        raise InputFileError("this model is one of images; ask it with 'metamoe predict'")
+    tokenizer = loaded.seed.tokenizer
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise InputFileError("the prompt is empty")
+    # A token can be a part of a letter, so text is what the whole reads beyond what was read before.
+    made: list[int] = []
+    before = ""
+    for token, routing in generate(loaded.model, ids, tokenizer.eos_token_id, most):
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        yield text[len(before) :], loaded.manifest.expert_names[int(routing[-1].argmax())]
+        before = text
