@@ -231,6 +231,9 @@ class Compute(Section):
     parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
     connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
+    rejoin_timeout: NonNegative = Field(
+        0.0, description="seconds to wait for a client that dropped out to come back, before it is missing"
+    )
 
 
 class Settings(Section):
@@ -239,6 +242,9 @@ class Settings(Section):
     preset: str = "glyphs"
     seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
     clients: Count = 3
+    quorum: int = Field(
+        0, ge=0, description="clients with which a run goes on when others are missing, who are named; 0 is all of them"
+    )
     seed_model: str = Field(
         "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
     )
@@ -255,6 +261,11 @@ class Settings(Section):
     def client_domain(self, client: int) -> str:
         """Domain of client number ``client``: the domains in turn."""
         return self.data.domains[client % len(self.data.domains)]
+
+    @property
+    def least_clients(self) -> int:
+        """With fewer clients than these a run ends."""
+        return self.quorum or self.clients
 
     @property
     def client_names(self) -> list[str]:
@@ -274,11 +285,12 @@ class Settings(Section):
                 f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "
                 "lower the one or raise the other"
             )
-        experts = self.clients + self.router.seed_expert
+        if self.quorum > self.clients:
+            raise ValueError(f"quorum = {self.quorum} is more than clients = {self.clients}")
+        experts = self.least_clients + self.router.seed_expert
         if self.router.top_k > experts:
-            raise ValueError(
-                f"router.top-k = {self.router.top_k} is more than the {experts} experts of clients = {self.clients}"
-            )
+            few = f"quorum = {self.quorum}" if self.quorum else f"clients = {self.clients}"
+            raise ValueError(f"router.top-k = {self.router.top_k} is more than the {experts} experts of {few}")
         if self.privacy.vectors == "gaussian" and self.router.vectors == "private" and self.router.rows != "fresh":
             raise ValueError(
                 "privacy.vectors = gaussian with router.vectors = private: means in an expert that was trained on the same "

@@ -1,7 +1,7 @@
 """Stage 1 at the server: from what a client says about its data to its proxies."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,12 +69,14 @@ def public_features(
     return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
 
 
-def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndarray]], settings: Settings) -> list[Selection]:
+def select_proxies(
+    features: np.ndarray, profiles: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+) -> dict[int, Selection]:
     """Proxies for each client: relevance out of what it sent, the most relevant as pool, a greedy DPP within it.
 
     Args:
         features: the seed's embeddings of the public set, [n, d].
-        profiles: each client's arrays of stage 1.
+        profiles: arrays of stage 1 by the client's number.
         settings: of the run.
 
     Raises:
@@ -86,11 +88,11 @@ def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndar
             f"proxies.pool = {proxies.pool} is not less than the {len(features)} samples of the public set; lower it"
         )
     if proxies.selection == "random":
-        return [_random(len(features), proxies.count, settings.seed, client) for client in range(len(profiles))]
+        return {client: _random(len(features), proxies.count, settings.seed, client) for client in profiles}
     features = np.asarray(features, dtype=np.float64)
     public_mean, covariance = features.mean(axis=0), shrunk_covariance(features)
-    selections = []
-    for profile in profiles:
+    selections = {}
+    for client, profile in profiles.items():
         if proxies.relevance == "fisher":
             scores = fisher_scores(features, profile["seed-routing-vector"], public_mean, covariance)
         else:
@@ -103,7 +105,7 @@ def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndar
             ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
         else:
             ids = pool[: proxies.count]
-        selections.append(Selection(ids, scores[ids], relevance[ids]))
+        selections[client] = Selection(ids, scores[ids], relevance[ids])
     return selections
 
 

@@ -64,29 +64,31 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
         with _timed(timings, "select"):
             events("select", 0, 1)
             selections = select_proxies(features[:, -1], profiles, settings)
-            by_client = {name: selection_record(s) for name, s in zip(names, selections, strict=True)}
+            by_client = {names[k]: selection_record(s) for k, s in selections.items()}
             write_json(out / "proxies.json", {"public": public_hash, "clients": by_client})
             events("select", 1, 1)
 
         # 3. Every client trains its expert on private samples and proxies; what it sends is on disk before the next one is
         # read.
-        folders = [out / "server" / "experts" / name for name in names]
+        folders = {k: out / "server" / "experts" / names[k] for k in selections}
         with _timed(timings, "expert"):
-            requests = [exchange.request({"proxies": s.ids}) for s in selections]
+            requests = {k: exchange.request({"proxies": s.ids}) for k, s in selections.items()}
             for client, arrays in exchange.ask("expert", requests):
                 store_expert(folders[client], seed, settings.lora, arrays)
 
         # 4. The experts become one model, whose router learns from the proxies.
         with _timed(timings, "unify"):
-            experts, vectors = zip(*map(stored_expert, folders), strict=True)
-            if "seed-ffn-inputs" in profiles[0]:
-                vectors = tuple(profile["seed-ffn-inputs"] for profile in profiles)
-            proxies = [public.select(s.ids) for s in selections]
-            scores = [s.scores for s in selections]
+            members = exchange.members
+            experts, vectors = zip(*(stored_expert(folders[k]) for k in members), strict=True)
+            if "seed-ffn-inputs" in profiles[members[0]]:
+                vectors = tuple(profiles[k]["seed-ffn-inputs"] for k in members)
+            proxies = [public.select(selections[k].ids) for k in members]
+            scores = [selections[k].scores for k in members]
             routers = initial_routers(seed, settings, features[:, :-1], proxies, scores, experts, vectors)
             samples = router_samples(settings, public, proxies)
             weights = unify(seed, settings, experts, routers, samples, partial(events, "unify"))
-            manifest = save_model(out / "model", seed, settings, names, known_classes(settings.data), weights)
+            trained = [names[k] for k in members]
+            manifest = save_model(out / "model", seed, settings, trained, known_classes(settings.data), weights)
 
         # 5. The model goes back to every client, who evaluates it where the data is.
         with _timed(timings, "deliver"):
@@ -95,12 +97,13 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             }
             arrays = {f"router.{name}": array for name, array in router_arrays(weights.routers).items()}
             delivery = exchange.request(arrays | matrices)
-            reported = {names[k]: reply for k, reply in exchange.ask("deliver", [delivery] * len(names))}
+            reported = {names[k]: reply for k, reply in exchange.ask("deliver", dict.fromkeys(members, delivery))}
             exchange.close()
 
     summary = {
         "model": manifest.model_hash,
         "clients": [asdict(transfer) for transfer in exchange.transfers],
+        "missing": [asdict(missing) for missing in exchange.missing],
         "timings": {stage: round(timing.wall, 3) for stage, timing in timings.items()},
         "cpu_seconds": {stage: round(timing.cpu, 3) for stage, timing in timings.items()},
         "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},
