@@ -1,20 +1,25 @@
 """Greedy maximum a posteriori inference of a determinantal point process, in feature space (numpy only)."""
 
+import math
+
 import numpy as np
 from scipy.linalg import solve_triangular
 
 _ROUNDING = 1e-10
 _TIE = 1e-13
 """Squared residuals, of at most one, that differ by less are equal: what the order of a sum can do."""
-_CANDIDATES, _BLOCK = 128, 4_096
+_CANDIDATES, _BLOCK = 192, 4_096
 """Items that the plain greedy runs on, and items looked at again at a time."""
 _COARSE, _COARSE_ERROR = 1e-2, 8 * 2.0**-24
-"""Where more than this share of an item's squared length remains, float32 will do; its products then err by at most
-_COARSE_ERROR sqrt(d), with a probability of 1 - 1e-13 each (Higham and Mary 2019).
+"""Float32 will do where more than this share of an item's squared length is left. A product of unit vectors then errs by at
+most _COARSE_ERROR sqrt(d), with a probability of 1 - 1e-13 (Higham and Mary 2019).
 """
 _SMALL = 1e-2
+"""Share of an item's squared length below which a second pass of Gram-Schmidt is needed."""
 _CACHED = 256
+"""Rows of float64 that stay in a core's cache."""
 _OUT = np.iinfo(np.int32).max
+"""Directions that an item has seen which is picked, or within rounding of the span of those picked."""
 
 
 def greedy_map(features: np.ndarray, relevance: np.ndarray, count: int) -> np.ndarray:
@@ -100,8 +105,9 @@ class _Items:
         return best
 
     def within_reach(self, best: float, done: int) -> np.ndarray:
-        """Which items' bounds reach the best, but are not exact beside all ``done`` directions. bool [n]."""
-        return (self.bounds >= best) & (self.bounds > -np.inf) & ~(self.exact & (self.seen == done))
+        """The items whose bounds reach the best, but are not exact beside all ``done`` directions."""
+        (items,) = ((self.bounds >= best) & (self.bounds > -np.inf)).nonzero()
+        return items[~(self.exact[items] & (self.seen[items] == done))]
 
     def settle(self, items: np.ndarray, residuals: np.ndarray, done: int) -> None:
         """Set exact residuals beside ``done`` directions. At rounding level an item is out."""
@@ -126,7 +132,7 @@ class _Items:
     def _captured(self, items: np.ndarray, basis: np.ndarray) -> np.ndarray:
         """Squared lengths of items' parts along those directions that they have not seen; from float32, at most that."""
         seen, captured = self.seen[items], np.empty(len(items))
-        # Items that miss about as many directions, to a factor of two, go together: one that misses all costs no other anything.
+        # Items that miss about as many directions, to a factor of two, go together: one that misses all costs others nothing.
         missing = np.frexp(len(basis) - seen)[1]
         # What float32 cannot hold is not captured.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -135,8 +141,8 @@ class _Items:
                 own = seen[members]
                 first = int(own.min())
                 parts = self.features[items[members]].astype(basis.dtype, copy=False) @ basis[first:].T
-                if (own > first).any():
-                    parts[np.arange(first, len(basis)) < own[:, None]] = 0.0
+                if varied := int(own.max()) - first:
+                    parts[:, :varied][np.arange(first, first + varied) < own[:, None]] = 0.0
                 captured[members] = np.einsum("ij,ij->i", parts, parts)
         if basis.dtype == np.float64:
             return captured * self.weights[items] ** 2
@@ -151,77 +157,78 @@ def _while_independent(items: _Items, count: int) -> tuple[list[int], np.ndarray
     The items with the largest bounds are candidates together: the plain greedy runs on their small residual kernel for as long
     as nobody else's bound reaches the best of them.
     """
-    width = items.features.shape[1]
+    width, size = items.features.shape[1], min(_CANDIDATES, len(items.lengths))
     basis = np.empty((min(count, width), width))
     coarse_basis = np.empty(basis.shape, dtype=np.float32)
-    candidates = np.full(min(_CANDIDATES, len(items.lengths)), -1)
-    weighted, coordinates = np.empty((len(candidates), width)), np.empty((len(candidates), len(basis)))
+    candidates, place_of = np.full(size, -1), np.full(len(items.lengths), -1, dtype=np.int32)
+    weighted, coordinates, kernel = np.zeros((size, width)), np.zeros((size, len(basis))), np.zeros((size, size))
+    factor = np.empty((size, size))
     picked: list[int] = []
 
     def admit(places: np.ndarray, admitted: np.ndarray) -> None:
-        candidates[places], weighted[places] = admitted, items.rows(admitted)
-        coordinates[places, : len(picked)] = weighted[places] @ basis[: len(picked)].T
+        place_of[candidates[places]] = -1
+        candidates[places], place_of[admitted] = admitted, places
+        new = items.rows(admitted)
+        own = new @ basis[: len(picked)].T
+        weighted[places], coordinates[places, : len(picked)] = new, own
+        rows = new @ weighted.T - own @ coordinates[:, : len(picked)].T
+        kernel[places], kernel[:, places] = rows, rows.T
 
     while len(picked) < len(basis):
         done = len(picked)
-        # 1. Candidates: the items with the largest bounds, once all of these are up to date.
-        wide = len(candidates)
-        while (items.seen[top := items.largest(len(candidates))] < done).any():
-            wide *= 2
+        # 1. Candidates: the items with the largest bounds, once all of these are up to date. Who was one before has coordinates
+        # and a row of the residual kernel already.
+        wide = 2 * size
+        while (items.seen[top := items.largest(size)] < done).any():
             again = items.largest(wide)
             items.look_again(again[items.seen[again] < done], basis[:done], coarse_basis[:done])
-        # Those who were candidates before have their coordinates already.
-        admit(np.flatnonzero(~np.isin(candidates, top)), np.setdiff1d(top, candidates))
-        known = coordinates[:, :done]
-        kernel = weighted @ weighted.T - known @ known.T
+            wide *= 2
+        known = place_of[top]
+        leave = np.ones(size, dtype=bool)
+        leave[known[known >= 0]] = False
+        admit(leave.nonzero()[0], top[known < 0])
         still = items.seen[candidates] != _OUT
         items.settle(candidates[still], kernel.diagonal()[still], done)
         best, others = items.bounds[candidates].max(), items.largest_but(candidates)
         # 2. The next pick. If others may reach the best candidate, they are looked at exactly.
         if others >= best - _TIE:
-            while done and len(reached := np.flatnonzero(items.within_reach(best - _TIE, done))):
+            while done and len(reached := items.within_reach(best - _TIE, done)):
                 items.look_again(reached[:_BLOCK], basis[:done], coarse_basis[:done], exactly=True)
                 best = max(best, items.bounds[reached[:_BLOCK]].max())
             best = items.bounds.max()
         if best == -np.inf:
             break
         pick = int(np.flatnonzero(items.bounds >= best - _TIE)[0])
-        if pick not in candidates:
-            place = int(items.bounds[candidates].argmin())
-            admit(np.array([place]), np.array([pick]))
-            known = coordinates[:, :done]
-            kernel = weighted @ weighted.T - known @ known.T
+        if place_of[pick] < 0:
+            admit(items.bounds[candidates].argmin(keepdims=True), np.array([pick]))
             others = items.largest_but(candidates)
         # 3. Greedy among the candidates, by rows of the Cholesky factor of their residual kernel.
-        gains, floor = items.bounds[candidates], _ROUNDING * items.lengths[candidates]
-        factor, places = np.empty((len(candidates), len(candidates))), []
-        place, smallest = int(np.flatnonzero(candidates == pick)[0]), np.inf
+        gains, floor, places = items.bounds[candidates], _ROUNDING * items.lengths[candidates], [int(place_of[pick])]
         while True:
-            taken = len(places)
-            smallest = min(smallest, gains[place] / items.lengths[candidates[place]])
-            row = kernel[place] - factor[:taken, place] @ factor[:taken]
-            row /= np.sqrt(gains[place])
-            factor[taken] = row
-            places.append(place)
+            place, taken = places[-1], len(places)
+            row = kernel[place] - factor[: taken - 1, place] @ factor[: taken - 1]
+            row /= math.sqrt(gains[place])
+            factor[taken - 1] = row
             gains -= row * row
             gains[place] = -np.inf
             gains[gains <= floor] = -np.inf
             best = gains.max()
-            if best - _TIE <= others or best == -np.inf or done + len(places) == len(basis):
+            if best - _TIE <= others or best == -np.inf or done + taken == len(basis):
                 break
-            tied = np.flatnonzero(gains >= best - _TIE)
-            place = int(tied[candidates[tied].argmin()])
-        items.settle(candidates, gains, done + len(places))
+            (tied,) = (gains >= best - _TIE).nonzero()
+            places.append(tied[0] if len(tied) == 1 else tied[candidates[tied].argmin()])
         # 4. Their directions: L^-1 (B_S - its projection).
-        factor = factor[: len(places)]
-        coordinates[:, done : done + len(places)] = factor.T
-        rest = weighted[places] - coordinates[places, :done] @ basis[:done]
-        new = solve_triangular(factor[:, places].T, rest, lower=True, check_finite=False)
-        if smallest < _SMALL:
+        new = slice(done, done + len(places))
+        items.settle(candidates, gains, new.stop)
+        coordinates[:, new] = factor[: len(places)].T
+        kernel -= factor[: len(places)].T @ factor[: len(places)]
+        lower = factor[: len(places), places].T
+        directions = np.linalg.inv(lower) @ (weighted[places] - coordinates[places, :done] @ basis[:done])
+        if (lower.diagonal() ** 2 < _SMALL * items.lengths[candidates[places]]).any():
             # A second pass removes what rounding left of the first, where the first left little else.
-            new -= (new @ basis[:done].T) @ basis[:done]
-            new = solve_triangular(np.linalg.cholesky(new @ new.T), new, lower=True, check_finite=False)
-        basis[done : done + len(places)] = coarse_basis[done : done + len(places)] = new
+            directions -= (directions @ basis[:done].T) @ basis[:done]
+            directions = np.linalg.inv(np.linalg.cholesky(directions @ directions.T)) @ directions
+        basis[new] = coarse_basis[new] = directions
         picked += candidates[places].tolist()
     return picked, basis[: len(picked)]
 
