@@ -121,7 +121,7 @@ def _training_samples(settings: Settings, site: Site) -> Dataset:
 
 def _deliver(seed: Seed, request: Request, site: Site, folder: Path) -> dict[str, np.ndarray]:
     settings, arrays = request.settings, request.arrays
-    names = [settings.client_names[client] for client in request.members or ()]
+    names = list(request.experts)
     experts = [
         {matrix: torch.from_numpy(arrays[f"expert.{k}.{matrix}"]) for matrix in expert_shapes(seed, settings.lora)}
         for k in range(len(names))

@@ -126,6 +126,14 @@ class ExpertTraining(Section):
     warmup_steps: int = Field(0, ge=0)
 
 
+class Experts(Section):
+    """Stage 3: how many experts the unified model has, however many clients there are."""
+
+    max: Count = Field(
+        32, description="experts of the unified model; of more clients, those with the nearest routing vectors are merged"
+    )
+
+
 class Router(Section):
     """The context-aware router and how it decides."""
 
@@ -253,6 +261,7 @@ class Settings(Section):
     proxies: Proxies = Proxies()
     lora: Lora = Lora()
     expert_training: ExpertTraining = ExpertTraining()
+    experts: Experts = Experts()
     router: Router = Router()
     router_training: RouterTraining = RouterTraining()
     privacy: Privacy = Privacy()
@@ -270,8 +279,11 @@ class Settings(Section):
     @property
     def client_names(self) -> list[str]:
         """The clients' names in order: the domain's, numbered where several clients share one."""
-        domains = [self.client_domain(k) for k in range(self.clients)]
-        return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
+        count = len(self.data.domains)
+        return [
+            f"{self.client_domain(k)}-{k // count + 1}" if k % count + count < self.clients else self.client_domain(k)
+            for k in range(self.clients)
+        ]
 
     @property
     def expert_names(self) -> list[str]:
@@ -287,9 +299,10 @@ class Settings(Section):
             )
         if self.quorum > self.clients:
             raise ValueError(f"quorum = {self.quorum} is more than clients = {self.clients}")
-        experts = self.least_clients + self.router.seed_expert
+        experts = min(self.least_clients, self.experts.max) + self.router.seed_expert
         if self.router.top_k > experts:
             few = f"quorum = {self.quorum}" if self.quorum else f"clients = {self.clients}"
+            few = few if self.least_clients <= self.experts.max else f"experts.max = {self.experts.max}"
             raise ValueError(f"router.top-k = {self.router.top_k} is more than the {experts} experts of {few}")
         if self.privacy.vectors == "gaussian" and self.router.vectors == "private" and self.router.rows != "fresh":
             raise ValueError(

@@ -73,8 +73,8 @@ class Envelope(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """What the server sends: the settings, the hashes of what both sides must hold alike, arrays, and the numbers of the
-    clients that are left in the run (None: all of them).
+    """What the server sends: the settings, the hashes of what both sides must hold alike, arrays, the numbers of the clients
+    that are left in the run (None: all of them), and the names of the experts that are delivered.
     """
 
     settings: Settings
@@ -83,6 +83,7 @@ class Request:
     arrays: Mapping[str, np.ndarray]
     envelope: Envelope = field(default_factory=Envelope)
     members: Sequence[int] | None = None
+    experts: Sequence[str] = ()
 
 
 def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
@@ -107,16 +108,16 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
             return [Artifact("accuracy", "float32", ())] if settings.report_accuracy else []
 
 
-def request_artifacts(kind: Kind, settings: Settings, seed: Seed, members: int | None = None) -> list[Artifact]:
-    """The arrays of a server's request, in a run that so many clients are left in; all of them unless it says."""
-    members = settings.clients if members is None else members
+def request_artifacts(kind: Kind, settings: Settings, seed: Seed, experts: int | None = None) -> list[Artifact]:
+    """The arrays of a server's request; of a delivery, of a model with so many experts, one a client unless it says."""
+    count = settings.clients if experts is None else experts
     match kind:
         case "profile":
             return []
         case "expert":
             return [Artifact("proxies", "int64", (settings.proxies.count,))]
         case "deliver":
-            rows = members + settings.router.seed_expert
+            rows = count + settings.router.seed_expert
             routers = [
                 part
                 for i, paths in enumerate(evidence_paths(seed, settings.lora, settings.router))
@@ -127,10 +128,10 @@ def request_artifacts(kind: Kind, settings: Settings, seed: Seed, members: int |
                 )
             ]
             shapes = expert_shapes(seed, settings.lora)
-            experts = [
-                Artifact(f"expert.{k}.{name}", "float16", shape) for k in range(members) for name, shape in shapes.items()
+            matrices = [
+                Artifact(f"expert.{k}.{name}", "float16", shape) for k in range(count) for name, shape in shapes.items()
             ]
-            return routers + experts
+            return routers + matrices
 
 
 def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
@@ -149,6 +150,7 @@ def encode_request(request: Request) -> RecordDict:
             "seed": request.seed,
             "public": request.public,
             "members": list(members),
+            "experts": " ".join(request.experts),
             "envelope": request.envelope.model_dump_json(),
         }
     )
@@ -178,8 +180,8 @@ def decode_terms(content: RecordDict) -> Request:
             f"the server has MetaMoE-FL {said[1]!r} (protocol {said[0]!r}), this client {ours[1]!r} (protocol {ours[0]}); "
             "install the same version"
         )
-    if set(config) != {"protocol", "version", "settings", "seed", "public", "members", "envelope"}:
-        raise ProtocolError(f"a request needs settings, seed, public, members and envelope; got {sorted(config)}")
+    if set(config) != {"protocol", "version", "settings", "seed", "public", "members", "experts", "envelope"}:
+        raise ProtocolError(f"a request needs settings, seed, public, members, experts and envelope; got {sorted(config)}")
     try:
         values = json.loads(str(config["settings"]))
         envelope = Envelope.model_validate_json(str(config["envelope"]))
@@ -191,7 +193,8 @@ def decode_terms(content: RecordDict) -> Request:
     if not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes):
         raise ProtocolError(f"seed and public of a request are SHA-256 hashes; got {hashes}")
     settings = validated(values)
-    return Request(settings, *hashes, {}, envelope, _members(config["members"], settings))
+    members = _members(config["members"], settings)
+    return Request(settings, *hashes, {}, envelope, members, _experts(config["experts"], len(members)))
 
 
 def _members(value: object, settings: Settings) -> list[int]:
@@ -203,6 +206,14 @@ def _members(value: object, settings: Settings) -> list[int]:
     return value
 
 
+def _experts(value: object, members: int) -> list[str]:
+    names = str(value).split()
+    # They become names of folders.
+    if len(set(names)) != len(names) or len(names) > members or not all(re.fullmatch("[a-z0-9][a-z0-9_-]*", n) for n in names):
+        raise ProtocolError(f"experts of a request are different names, at most one for each client; got {value!r}")
+    return names
+
+
 def decode_request(kind: Kind, content: RecordDict) -> Request:
     """The request in Flower records.
 
@@ -212,7 +223,7 @@ def decode_request(kind: Kind, content: RecordDict) -> Request:
     """
     terms = decode_terms(content)
     seed = load_seed(terms.settings.seed_model)
-    arrays = decode_arrays(content, request_artifacts(kind, terms.settings, seed, len(terms.members or ())))
+    arrays = decode_arrays(content, request_artifacts(kind, terms.settings, seed, len(terms.experts)))
     return replace(terms, arrays=arrays)
 
 

@@ -103,9 +103,10 @@ class Exchange:
         """The run is over: the server's ledger is sealed."""
         self._ledger.seal(self._run)
 
-    def request(self, arrays: Mapping[str, np.ndarray]) -> RecordDict:
-        """A request that carries these arrays."""
-        return encode_request(Request(self._settings, self._seed.fingerprint, self._public, arrays, members=self.members))
+    def request(self, arrays: Mapping[str, np.ndarray], experts: Sequence[str] = ()) -> RecordDict:
+        """A request that carries these arrays; of a delivery, also the names of its experts."""
+        hashes = self._seed.fingerprint, self._public
+        return encode_request(Request(self._settings, *hashes, arrays, members=self.members, experts=experts))
 
     def profiles(self) -> dict[int, dict[str, np.ndarray]]:
         """Ask every node who it is and what its data looks like to the seed. The replies by client, in the clients' order.

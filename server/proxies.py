@@ -10,7 +10,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from common.compute import derived_seed
-from common.config import Data, Settings
+from common.config import Data, Proxies, Settings
 from common.data.tasks import input_batches
 from common.errors import ProxyCountError
 from common.files import cache_folder, write_atomically
@@ -18,9 +18,12 @@ from common.fisher import shrunk_covariance
 from common.model.routing import sample_features
 from common.model.seed import Seed
 from server.dpp import greedy_map
-from server.relevance import fisher_scores, logistic_link
+from server.relevance import fisher_discriminants, linear_scores, logistic_link
 
 _STAGE = 1
+_COVARIANCE_SAMPLES = 50_000
+_SCORES = 2**23
+"""Scores in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def public_features(
 
 
 def select_proxies(
-    features: np.ndarray, profiles: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+    features: np.ndarray,
+    profiles: Mapping[int, Mapping[str, np.ndarray]],
+    settings: Settings,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[int, Selection]:
     """Proxies for each client: relevance out of what it sent, the most relevant as pool, a greedy DPP within it.
 
@@ -78,6 +84,7 @@ def select_proxies(
         features: the seed's embeddings of the public set, [n, d].
         profiles: arrays of stage 1 by the client's number.
         settings: of the run.
+        progress: called with clients done and in all.
 
     Raises:
         ProxyCountError: the public set is not larger than the pool.
@@ -89,24 +96,35 @@ def select_proxies(
         )
     if proxies.selection == "random":
         return {client: _random(len(features), proxies.count, settings.seed, client) for client in profiles}
-    features = np.asarray(features, dtype=np.float64)
-    public_mean, covariance = features.mean(axis=0), shrunk_covariance(features)
+    clients = list(profiles)
+    if proxies.relevance == "fisher":
+        means = np.stack([profiles[client]["seed-routing-vector"] for client in clients])
+        sample = features[:: -(-len(features) // _COVARIANCE_SAMPLES)]
+        rows, biases = fisher_discriminants(means, features.mean(axis=0, dtype=np.float64), shrunk_covariance(sample))
+    else:
+        classifiers = np.stack([profiles[client]["relevance-classifier"] for client in clients]).astype(np.float64)
+        rows, biases = classifiers[:, :-1], classifiers[:, -1]
     selections = {}
-    for client, profile in profiles.items():
-        if proxies.relevance == "fisher":
-            scores = fisher_scores(features, profile["seed-routing-vector"], public_mean, covariance)
-        else:
-            classifier = profile["relevance-classifier"].astype(np.float64)
-            scores = features @ classifier[:-1] + classifier[-1]
-        relevance = logistic_link(scores, proxies.pool)
-        # A stable sort: among equal scores the lowest row comes first, on every machine.
-        pool = np.argsort(-scores, kind="stable")[: proxies.pool]
-        if proxies.selection == "dpp":
-            ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
-        else:
-            ids = pool[: proxies.count]
-        selections[client] = Selection(ids, scores[ids], relevance[ids])
+    # Many clients' scores out of one reading of the public set, as long as memory for them is bounded.
+    group = max(1, _SCORES // len(features))
+    for first in range(0, len(clients), group):
+        part = slice(first, first + group)
+        for client, scores in zip(clients[part], linear_scores(features, rows[part], biases[part]), strict=True):
+            selections[client] = _selected(features, scores, proxies)
+            progress(len(selections), len(clients))
     return selections
+
+
+def _selected(features: np.ndarray, scores: np.ndarray, proxies: Proxies) -> Selection:
+    """The proxies of a client whose log-odds are known."""
+    relevance = logistic_link(scores, proxies.pool)
+    # A stable sort: among equal scores the lowest row comes first, on every machine.
+    pool = np.argsort(-scores, kind="stable")[: proxies.pool]
+    if proxies.selection == "dpp":
+        ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
+    else:
+        ids = pool[: proxies.count]
+    return Selection(ids, scores[ids], relevance[ids])
 
 
 def _random(size: int, count: int, seed: int, client: int) -> Selection:

@@ -14,6 +14,8 @@ from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
 from server.stages import run_stages
 
 _POLL_SECONDS = 0.2
+_COHORT = 100
+"""Nodes with a request at a time: Flower's link state looks through all messages for each node, which is quadratic."""
 _DROPPED_OUT = (5, 8)
 """Flower's error codes of a node that is not there, and of an app process that ended without an answer."""
 
@@ -59,10 +61,13 @@ class MetaMoE(Strategy):
         self, grid: Grid, kind: Kind, requests: Mapping[int, RecordDict]
     ) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
         compute = self.settings.compute
-        waiting, deadline = _push(grid, kind, requests), time.monotonic() + compute.timeout
+        waiting, deadline, queue = dict[str, int](), time.monotonic() + compute.timeout, list(requests)
         # Nodes that dropped out and may come back, and until when.
         dropped, rejoin_by = dict[int, MetaMoEError](), dict[int, float]()
-        while (waiting or dropped) and time.monotonic() < deadline:
+        while (queue or waiting or dropped) and time.monotonic() < deadline:
+            room = max(0, _COHORT - len(waiting))
+            cohort, queue = queue[:room], queue[room:]
+            waiting |= _push(grid, kind, {node: requests[node] for node in cohort}) if cohort else {}
             for reply in grid.pull_messages(list(waiting)) if waiting else ():
                 # By the message it answers: a node that died has no source of its own.
                 node = waiting.pop(reply.metadata.reply_to_message_id)

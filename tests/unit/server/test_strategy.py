@@ -81,3 +81,25 @@ def test_a_run_begins_with_the_quorum_if_the_others_do_not_connect() -> None:
     assert MetaMoE(waiting(0, clients=3, quorum=2), Path())._nodes(Grid({}, [{2, 1}])) == [1, 2]
     with pytest.raises(RunFailedError, match="only 2 clients are connected"):
         MetaMoE(waiting(0, clients=3), Path())._nodes(Grid({}, [{2, 1}]))
+
+
+@pytest.mark.usefixtures("identity")
+def test_many_clients_are_asked_a_hundred_at_a_time() -> None:
+    class Counting(Grid):
+        waiting, most = 0, 0
+
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            self.waiting += len(messages)
+            self.most = max(self.most, self.waiting)
+            return super().push_messages(messages)
+
+        def pull_messages(self, ids: list[str]) -> list[Message]:
+            self.waiting -= len(ids)
+            return super().pull_messages(ids)
+
+    grid = Counting({node: [FINE] for node in range(1, 251)}, [set()])
+    requests = {node: RecordDict() for node in range(1, 251)}
+    replies = dict(MetaMoE(waiting(0, clients=250), Path())._ask(grid, "profile", requests))
+    assert set(replies) == set(requests)
+    assert grid.pushed == list(requests)
+    assert grid.most == 100
