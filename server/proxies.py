@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
-from common.compute import derived_seed
+from common.compute import derived_seed, threads
 from common.config import Data, Proxies, Settings
 from common.data.tasks import input_batches
 from common.errors import ProxyCountError
@@ -109,9 +109,12 @@ def select_proxies(
     group = max(1, _SCORES // len(features))
     for first in range(0, len(clients), group):
         part = slice(first, first + group)
-        for client, scores in zip(clients[part], linear_scores(features, rows[part], biases[part]), strict=True):
-            selections[client] = _selected(features, scores, proxies)
-            progress(len(selections), len(clients))
+        found = linear_scores(features, rows[part], biases[part])
+        # Many small products: a second thread costs more than it saves.
+        with threads(1):
+            for client, scores in zip(clients[part], found, strict=True):
+                selections[client] = _selected(features, scores, proxies)
+                progress(len(selections), len(clients))
     return selections
 
 
