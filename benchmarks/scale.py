@@ -1,4 +1,4 @@
-"""A simulation as it grows: a thousand clients that train nothing under real Flower and Ray, and what a client costs in bytes."""
+"""A simulation as it grows: a thousand clients that train nothing under real Flower and Ray; and bytes of a client."""
 
 import json
 import os
