@@ -1,6 +1,5 @@
 """A client's answer to the server: check the common ground, then do what the stage asks."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
             case "expert":
                 return _expert(seed, settings, site, request.arrays["proxies"], folder)
             case "deliver":
-                return _deliver(seed, settings, site, request.arrays, folder)
+                return _deliver(seed, request, site, folder)
 
 
 def _check_common_ground(request: Request, seed: Seed) -> None:
@@ -120,13 +119,12 @@ def _training_samples(settings: Settings, site: Site) -> Dataset:
     return private
 
 
-def _deliver(
-    seed: Seed, settings: Settings, site: Site, arrays: Mapping[str, np.ndarray], folder: Path
-) -> dict[str, np.ndarray]:
-    names = settings.client_names
+def _deliver(seed: Seed, request: Request, site: Site, folder: Path) -> dict[str, np.ndarray]:
+    settings, arrays = request.settings, request.arrays
+    names = list(request.experts)
     experts = [
         {matrix: torch.from_numpy(arrays[f"expert.{k}.{matrix}"]) for matrix in expert_shapes(seed, settings.lora)}
-        for k in range(settings.clients)
+        for k in range(len(names))
     ]
     routers = routers_from({n.removeprefix("router."): a for n, a in arrays.items() if n.startswith("router.")})
     test = private_samples(settings, site, settings.data.evaluate_on)

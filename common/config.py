@@ -120,6 +120,14 @@ class ExpertTraining(Section):
     warmup_steps: int = Field(0, ge=0)
 
 
+class Experts(Section):
+    """Stage 3: how many experts the unified model has, however many clients there are."""
+
+    max: Count = Field(
+        32, description="experts of the unified model; of more clients, those with the nearest routing vectors are merged"
+    )
+
+
 class Router(Section):
     """The context-aware router and how it decides."""
 
@@ -225,6 +233,9 @@ class Compute(Section):
     parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
     connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
+    rejoin_timeout: NonNegative = Field(
+        0.0, description="seconds to wait for a client that dropped out to come back, before it is missing"
+    )
 
 
 class Settings(Section):
@@ -233,6 +244,9 @@ class Settings(Section):
     preset: str = "glyphs"
     seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
     clients: Count = 3
+    quorum: int = Field(
+        0, ge=0, description="clients with which a run goes on when others are missing, who are named; 0 is all of them"
+    )
     seed_model: str = Field(
         "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
     )
@@ -241,6 +255,7 @@ class Settings(Section):
     proxies: Proxies = Proxies()
     lora: Lora = Lora()
     expert_training: ExpertTraining = ExpertTraining()
+    experts: Experts = Experts()
     router: Router = Router()
     router_training: RouterTraining = RouterTraining()
     privacy: Privacy = Privacy()
@@ -251,10 +266,18 @@ class Settings(Section):
         return self.data.domains[client % len(self.data.domains)]
 
     @property
+    def least_clients(self) -> int:
+        """With fewer clients than these a run ends."""
+        return self.quorum or self.clients
+
+    @property
     def client_names(self) -> list[str]:
         """The clients' names in order: the domain's, numbered where several clients share one."""
-        domains = [self.client_domain(k) for k in range(self.clients)]
-        return [f"{d}-{domains[:k].count(d) + 1}" if domains.count(d) > 1 else d for k, d in enumerate(domains)]
+        count = len(self.data.domains)
+        return [
+            f"{self.client_domain(k)}-{k // count + 1}" if k % count + count < self.clients else self.client_domain(k)
+            for k in range(self.clients)
+        ]
 
     @property
     def expert_names(self) -> list[str]:
@@ -274,11 +297,13 @@ class Settings(Section):
                 f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "
                 "lower the one or raise the other"
             )
-        experts = self.clients + self.router.seed_expert
+        if self.quorum > self.clients:
+            raise ValueError(f"quorum = {self.quorum} is more than clients = {self.clients}")
+        experts = min(self.least_clients, self.experts.max) + self.router.seed_expert
         if self.router.top_k > experts:
-            raise ValueError(
-                f"router.top-k = {self.router.top_k} is more than the {experts} experts of clients = {self.clients}"
-            )
+            few = f"quorum = {self.quorum}" if self.quorum else f"clients = {self.clients}"
+            few = few if self.least_clients <= self.experts.max else f"experts.max = {self.experts.max}"
+            raise ValueError(f"router.top-k = {self.router.top_k} is more than the {experts} experts of {few}")
         if self.privacy.vectors == "gaussian" and self.router.vectors == "private" and self.router.rows != "fresh":
             raise ValueError(
                 "privacy.vectors = gaussian with router.vectors = private: means in an expert that was trained on the same "

@@ -91,6 +91,12 @@ class ProtocolError(MetaMoEError):
     exit_code = 30
 
 
+class VersionMismatchError(ProtocolError):
+    """Client and server run different versions of MetaMoE-FL."""
+
+    exit_code = 31
+
+
 class ModelFileError(MetaMoEError):
     """A unified model on disk that is incomplete, changed, or of another format."""
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.audit.entries import FIRST, Digest, Identifier, Receipt
 from common.config import Settings, validated
-from common.errors import ProtocolError, first_problem
+from common.errors import ProtocolError, VersionMismatchError, first_problem
 from common.model.lora import expert_shapes
 from common.model.routing import all_evidence_paths, evidence_paths
 from common.model.seed import Seed, load_seed
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
@@ -72,13 +73,17 @@ class Envelope(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """What the server sends: the settings, the hashes of what both sides must hold alike, and arrays."""
+    """What the server sends: the settings, the hashes of what both sides must hold alike, arrays, the numbers of the clients
+    that are left in the run (None: all of them), and the names of the experts that are delivered.
+    """
 
     settings: Settings
     seed: str
     public: str
     arrays: Mapping[str, np.ndarray]
     envelope: Envelope = field(default_factory=Envelope)
+    members: Sequence[int] | None = None
+    experts: Sequence[str] = ()
 
 
 def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
@@ -103,15 +108,16 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
             return [Artifact("accuracy", "float32", ())] if settings.report_accuracy else []
 
 
-def request_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
-    """The arrays of a server's request."""
+def request_artifacts(kind: Kind, settings: Settings, seed: Seed, experts: int | None = None) -> list[Artifact]:
+    """The arrays of a server's request; of a delivery, of a model with so many experts, one a client unless it says."""
+    count = settings.clients if experts is None else experts
     match kind:
         case "profile":
             return []
         case "expert":
             return [Artifact("proxies", "int64", (settings.proxies.count,))]
         case "deliver":
-            rows = settings.clients + settings.router.seed_expert
+            rows = count + settings.router.seed_expert
             routers = [
                 part
                 for i, paths in enumerate(evidence_paths(seed, settings.lora, settings.router))
@@ -122,12 +128,10 @@ def request_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifa
                 )
             ]
             shapes = expert_shapes(seed, settings.lora)
-            experts = [
-                Artifact(f"expert.{k}.{name}", "float16", shape)
-                for k in range(settings.clients)
-                for name, shape in shapes.items()
+            matrices = [
+                Artifact(f"expert.{k}.{name}", "float16", shape) for k in range(count) for name, shape in shapes.items()
             ]
-            return routers + experts
+            return routers + matrices
 
 
 def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
@@ -137,12 +141,16 @@ def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
 
 def encode_request(request: Request) -> RecordDict:
     """A request as Flower records."""
+    members = range(request.settings.clients) if request.members is None else request.members
     config = ConfigRecord(
         {
             "protocol": PROTOCOL,
+            "version": version("metamoe-fl"),
             "settings": request.settings.model_dump_json(by_alias=True),
             "seed": request.seed,
             "public": request.public,
+            "members": list(members),
+            "experts": " ".join(request.experts),
             "envelope": request.envelope.model_dump_json(),
         }
     )
@@ -159,16 +167,21 @@ def decode_terms(content: RecordDict) -> Request:
     """A request without its arrays, which are not looked at.
 
     Raises:
-        ProtocolError: it is not one, or one of another protocol version.
+        ProtocolError: it is not one.
+        VersionMismatchError: it is of another version.
         MetaMoEError: its settings are wrong.
     """
     config = content.config_records.get(REQUEST)
-    if config is None or set(config) != {"protocol", "settings", "seed", "public", "envelope"}:
-        raise ProtocolError(f"a request needs protocol, settings, seed, public and envelope; got {sorted(config or {})}")
-    if config["protocol"] != PROTOCOL:
-        raise ProtocolError(
-            f"the server speaks protocol {config['protocol']!r}, this client {PROTOCOL}; install the same version"
+    if config is None or not {"protocol", "version"} <= set(config):
+        raise ProtocolError(f"a request needs a protocol and a version; got {sorted(config or {})}")
+    said, ours = (config["protocol"], config["version"]), (PROTOCOL, version("metamoe-fl"))
+    if said != ours:
+        raise VersionMismatchError(
+            f"the server has MetaMoE-FL {said[1]!r} (protocol {said[0]!r}), this client {ours[1]!r} (protocol {ours[0]}); "
+            "install the same version"
         )
+    if set(config) != {"protocol", "version", "settings", "seed", "public", "members", "experts", "envelope"}:
+        raise ProtocolError(f"a request needs settings, seed, public, members, experts and envelope; got {sorted(config)}")
     try:
         values = json.loads(str(config["settings"]))
         envelope = Envelope.model_validate_json(str(config["envelope"]))
@@ -179,17 +192,38 @@ def decode_terms(content: RecordDict) -> Request:
     hashes = str(config["seed"]), str(config["public"])
     if not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes):
         raise ProtocolError(f"seed and public of a request are SHA-256 hashes; got {hashes}")
-    return Request(validated(values), *hashes, {}, envelope)
+    settings = validated(values)
+    members = _members(config["members"], settings)
+    return Request(settings, *hashes, {}, envelope, members, _experts(config["experts"], len(members)))
+
+
+def _members(value: object, settings: Settings) -> list[int]:
+    known = range(settings.clients)
+    if not isinstance(value, list) or value != sorted(set(value).intersection(known)):
+        raise ProtocolError(f"members of a request are numbers of clients in order, 0 to {settings.clients - 1}; got {value!r}")
+    if len(value) < settings.least_clients:
+        raise ProtocolError(f"a request of a run with {len(value)} clients; it needs {settings.least_clients}")
+    return value
+
+
+def _experts(value: object, members: int) -> list[str]:
+    names = str(value).split()
+    # They become names of folders.
+    if len(set(names)) != len(names) or len(names) > members or not all(re.fullmatch("[a-z0-9][a-z0-9_-]*", n) for n in names):
+        raise ProtocolError(f"experts of a request are different names, at most one for each client; got {value!r}")
+    return names
 
 
 def decode_request(kind: Kind, content: RecordDict) -> Request:
     """The request in Flower records.
 
     Raises:
-        ProtocolError: it is not one of this kind, or one of another protocol version.
+        ProtocolError: it is not one of this kind.
+        VersionMismatchError: it is of another version.
     """
     terms = decode_terms(content)
-    arrays = decode_arrays(content, request_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model)))
+    seed = load_seed(terms.settings.seed_model)
+    arrays = decode_arrays(content, request_artifacts(kind, terms.settings, seed, len(terms.experts)))
     return replace(terms, arrays=arrays)
 
 

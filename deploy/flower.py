@@ -42,7 +42,12 @@ def write_connection(home: Path, name: str, connection: Mapping[str, str | bool]
     write_atomically(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: dict(connection)}}))
 
 
-def run(home: Path, connection: str, out: Path, *options: str, audit_keys: Path | None = None) -> None:
+CLIENT_APP = "client.app:app"
+
+
+def run(
+    home: Path, connection: str, out: Path, *options: str, audit_keys: Path | None = None, client_app: str = CLIENT_APP
+) -> None:
     """Submit the app and follow the run to its end.
 
     Args:
@@ -51,6 +56,7 @@ def run(home: Path, connection: str, out: Path, *options: str, audit_keys: Path 
         out: the run folder, absolute, with ``settings.toml`` in it.
         options: further ones of ``flwr run``.
         audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
+        client_app: where the clients' app is, as module:attribute.
 
     Raises:
         MetaMoEError: what stopped the server's side, of the kind it had there.
@@ -59,7 +65,9 @@ def run(home: Path, connection: str, out: Path, *options: str, audit_keys: Path 
     error = out / "server" / "error.json"
     config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))}"
     config += f" audit-keys={json.dumps(str(audit_keys))}" if audit_keys else ""
-    submitted = flwr(home, "run", str(_write_app(home / "metamoe-app")), connection, "--run-config", config, *options)
+    submitted = flwr(
+        home, "run", str(_write_app(home / "metamoe-app", client_app)), connection, "--run-config", config, *options
+    )
     status = _finished(home, connection, submitted["run-id"], (error, out / "server" / "summary.json"))
     if error.is_file():
         values = json.loads(error.read_text())
@@ -137,7 +145,7 @@ def stop(pids: Sequence[int]) -> None:
     psutil.wait_procs(alive, _STOP_SECONDS)
 
 
-def _write_app(folder: Path) -> Path:
+def _write_app(folder: Path, client_app: str) -> Path:
     """A Flower app that holds no code: the installed packages are the app, so nothing else can be picked up in their place."""
     pyproject = {
         "project": {"name": "metamoe", "version": version("metamoe-fl"), "license": "Apache-2.0", "dependencies": []},
@@ -145,7 +153,7 @@ def _write_app(folder: Path) -> Path:
             "flwr": {
                 "app": {
                     "publisher": "metamoe",
-                    "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+                    "components": {"serverapp": "server.app:app", "clientapp": client_app},
                     "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": ""},
                 }
             }

@@ -50,9 +50,21 @@ class Transfer:
     artifacts: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A client that a run went on without: the stage in which it dropped out, and why."""
+
+    name: str
+    stage: Kind
+    reason: str
+
+
 class Exchange:
     """The clients of one run, as the stages see them: numbered 0 to K - 1, whatever nodes they are and whoever answers
     first.
+
+    A client that fails is left out from then on, in ``missing`` and no longer in ``members``, while as many as the settings'
+    quorum are left; with fewer the run ends with its error.
     """
 
     def __init__(
@@ -67,10 +79,12 @@ class Exchange:
     ) -> None:
         self.transfers = [Transfer(name) for name in settings.client_names]
         self._settings, self._seed, self._public, self._ask, self._events = settings, seed, public, ask, events
-        self._nodes = list(nodes)
+        self.members, self.missing = list(range(settings.clients)), list[Missing]()
+        self._nodes, self._clients = list(nodes), dict[int, int]()
         self._ledger, self._run = ledger, secrets.token_hex(16)
         self._receipts: dict[int, list[Receipt]] = {node: [] for node in nodes}
         self._keys: dict[int, str] = {}
+        self._failures: list[str] = []
         ledger.open(
             Open(
                 run=self._run,
@@ -89,17 +103,19 @@ class Exchange:
         """The run is over: the server's ledger is sealed."""
         self._ledger.seal(self._run)
 
-    def request(self, arrays: Mapping[str, np.ndarray]) -> RecordDict:
-        """A request that carries these arrays."""
-        return encode_request(Request(self._settings, self._seed.fingerprint, self._public, arrays))
+    def request(self, arrays: Mapping[str, np.ndarray], experts: Sequence[str] = ()) -> RecordDict:
+        """A request that carries these arrays; of a delivery, also the names of its experts."""
+        hashes = self._seed.fingerprint, self._public
+        return encode_request(Request(self._settings, *hashes, arrays, members=self.members, experts=experts))
 
-    def profiles(self) -> list[dict[str, np.ndarray]]:
-        """Ask every node who it is and what its data looks like to the seed. The replies, in the clients' order.
+    def profiles(self) -> dict[int, dict[str, np.ndarray]]:
+        """Ask every node who it is and what its data looks like to the seed. The replies by client, in the clients' order.
 
         Raises:
             RunFailedError: two nodes say that they are the same client.
+            MetaMoEError: as :meth:`ask`.
         """
-        found: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+        found: dict[int, dict[str, np.ndarray]] = {}
         for node, arrays in self._replies("profile", {node: self.request({}) for node in self._nodes}):
             client = int(arrays["client"])
             if not 0 <= client < self._settings.clients:
@@ -108,24 +124,28 @@ class Exchange:
                 raise RunFailedError(
                     f"two nodes say that they are client {self.transfers[client].name}; give each its own partition-id"
                 )
-            found[client] = node, arrays
+            found[client], self._clients[node] = arrays, client
             self._count(client, 0, arrays)
             self._events("profile", len(found), self._settings.clients, self.transfers[client].name)
-        self._nodes = [found[client][0] for client in sorted(found)]
-        return [found[client][1] for client in sorted(found)]
+        # A node that failed before it said which client it is can be any of those that did not.
+        reason = "; ".join(self._failures) or "it is not connected"
+        absent = [client for client in self.members if client not in found]
+        self.missing += [Missing(self.transfers[client].name, "profile", reason) for client in absent]
+        self.members = sorted(found)
+        return {client: found[client] for client in self.members}
 
-    def ask(self, kind: Kind, requests: Sequence[RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Send the k-th request to client k; yield (client, arrays) in the order in which replies come.
+    def ask(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Send each client its request; yield (client, arrays) in the order in which replies come.
 
         Raises:
-            ProtocolError: a reply that is not exactly what was declared.
-            MetaMoEError: a client reports this error.
-            RunFailedError: a client did not answer in time.
+            ProtocolError: a reply that is not exactly what was declared, and too few clients are left.
+            MetaMoEError: a client reports this error, and too few are left.
+            RunFailedError: clients did not answer in time, and too few are left.
         """
-        by_node = dict(zip(self._nodes, requests, strict=True))
+        by_node = {node: requests[client] for node, client in self._clients.items() if client in requests}
         self._events(kind, 0, len(by_node))
         for done, (node, arrays) in enumerate(self._replies(kind, by_node), start=1):
-            client = self._nodes.index(node)
+            client = self._clients[node]
             self._count(client, payload_bytes(by_node[node]), arrays)
             self._events(kind, done, len(by_node), self.transfers[client].name)
             yield client, arrays
@@ -145,14 +165,26 @@ class Exchange:
                     raise ProtocolError(f"{self._name(kind, node)}, reply to {kind!r}: {error}") from error
             except MetaMoEError as error:
                 self._ledger.append(Failure(run=self._run, message=messages[node], stage=kind, code=error.exit_code))
-                raise
+                self._drop(kind, [node], error)
+                continue
             self._arrived(kind, node, messages[node], arrays, extra)
             yield node, arrays
         if waiting:
             missing = ", ".join(sorted(self._name(kind, node) for node in waiting))
-            raise RunFailedError(
-                f"no answer to {kind!r} within compute.timeout = {self._settings.compute.timeout:.0f} s from {missing}"
-            )
+            seconds = self._settings.compute.timeout
+            late = RunFailedError(f"no answer to {kind!r} within compute.timeout = {seconds:.0f} s from {missing}")
+            self._drop(kind, sorted(waiting), late)
+
+    def _drop(self, kind: Kind, nodes: Sequence[int], error: MetaMoEError) -> None:
+        """Go on without these nodes, or end the run with the error if too few are left."""
+        self._nodes = [node for node in self._nodes if node not in nodes]
+        if len(self._nodes) < self._settings.least_clients:
+            before = ", ".join(missing.name for missing in self.missing)
+            raise type(error)(f"{error}; missing before: {before}; quorum = {self._settings.quorum}") if before else error
+        self._failures.append(str(error))
+        for client in [self._clients.pop(node) for node in nodes if node in self._clients]:
+            self.members = [member for member in self.members if member != client]
+            self.missing.append(Missing(self.transfers[client].name, kind, str(error)))
 
     def _addressed(self, content: RecordDict, node: int, message: str) -> RecordDict:
         envelope = Envelope(run=self._run, message=message, key=self._ledger.public, receipts=self._receipts[node])
@@ -164,7 +196,7 @@ class Exchange:
         """Write down what arrived, and sign for it."""
         if "audit-key" in extra:
             self._keys[node] = extra["audit-key"].tobytes().hex()
-        client = int(arrays["client"]) if kind == "profile" else self._nodes.index(node)
+        client = int(arrays["client"]) if kind == "profile" else self._clients[node]
         entries = array_entries({**arrays, **extra})
         digest = digest_of(entries)
         signature = self._ledger.sign(receipt_statement(self._run, message, digest))
@@ -182,7 +214,7 @@ class Exchange:
         )
 
     def _name(self, kind: Kind, node: int) -> str:
-        return f"node {node}" if kind == "profile" else f"client {self.transfers[self._nodes.index(node)].name}"
+        return f"node {node}" if kind == "profile" else f"client {self.transfers[self._clients[node]].name}"
 
     def _count(self, client: int, down: int, arrays: Mapping[str, np.ndarray]) -> None:
         transfer = self.transfers[client]

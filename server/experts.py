@@ -11,6 +11,7 @@ from common.files import replaced_folder
 from common.model.lora import Expert, load_adapter, save_adapter
 from common.model.seed import Seed
 
+ADAPTER = "adapter_model.safetensors"
 _VECTORS = "routing_vectors.safetensors"
 
 
@@ -23,6 +24,11 @@ def store_expert(folder: Path, seed: Seed, lora: Lora, arrays: dict[str, np.ndar
         save_file(vectors, new / _VECTORS)
 
 
+def stored_vectors(folder: Path) -> np.ndarray | None:
+    """Of what :func:`store_expert` wrote the routing vectors [L, d], or None."""
+    return load_file(folder / _VECTORS).get("routing-vectors")
+
+
 def stored_expert(folder: Path) -> tuple[Expert, np.ndarray | None]:
     """Read what :func:`store_expert` wrote: the LoRA matrices, and the routing vectors [L, d] or None."""
-    return load_adapter(folder), load_file(folder / _VECTORS).get("routing-vectors")
+    return load_adapter(folder), stored_vectors(folder)

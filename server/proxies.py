@@ -1,7 +1,7 @@
 """Stage 1 at the server: from what a client says about its data to its proxies."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
-from common.compute import derived_seed
-from common.config import Data, Settings
+from common.compute import derived_seed, threads
+from common.config import Data, Proxies, Settings
 from common.data.tasks import input_batches
 from common.errors import ProxyCountError
 from common.files import cache_folder, write_atomically
@@ -18,9 +18,12 @@ from common.fisher import shrunk_covariance
 from common.model.routing import sample_features
 from common.model.seed import Seed
 from server.dpp import greedy_map
-from server.relevance import fisher_scores, logistic_link
+from server.relevance import fisher_discriminants, linear_scores, logistic_link
 
 _STAGE = 1
+_COVARIANCE_SAMPLES = 50_000
+_SCORES = 2**23
+"""Scores in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,19 @@ def public_features(
     return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
 
 
-def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndarray]], settings: Settings) -> list[Selection]:
+def select_proxies(
+    features: np.ndarray,
+    profiles: Mapping[int, Mapping[str, np.ndarray]],
+    settings: Settings,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[int, Selection]:
     """Proxies for each client: relevance out of what it sent, the most relevant as pool, a greedy DPP within it.
 
     Args:
         features: the seed's embeddings of the public set, [n, d].
-        profiles: each client's arrays of stage 1.
+        profiles: arrays of stage 1 by the client's number.
         settings: of the run.
+        progress: called with clients done and in all.
 
     Raises:
         ProxyCountError: the public set is not larger than the pool.
@@ -86,25 +95,39 @@ def select_proxies(features: np.ndarray, profiles: Sequence[Mapping[str, np.ndar
             f"proxies.pool = {proxies.pool} is not less than the {len(features)} samples of the public set; lower it"
         )
     if proxies.selection == "random":
-        return [_random(len(features), proxies.count, settings.seed, client) for client in range(len(profiles))]
-    features = np.asarray(features, dtype=np.float64)
-    public_mean, covariance = features.mean(axis=0), shrunk_covariance(features)
-    selections = []
-    for profile in profiles:
-        if proxies.relevance == "fisher":
-            scores = fisher_scores(features, profile["seed-routing-vector"], public_mean, covariance)
-        else:
-            classifier = profile["relevance-classifier"].astype(np.float64)
-            scores = features @ classifier[:-1] + classifier[-1]
-        relevance = logistic_link(scores, proxies.pool)
-        # A stable sort: among equal scores the lowest row comes first, on every machine.
-        pool = np.argsort(-scores, kind="stable")[: proxies.pool]
-        if proxies.selection == "dpp":
-            ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
-        else:
-            ids = pool[: proxies.count]
-        selections.append(Selection(ids, scores[ids], relevance[ids]))
+        return {client: _random(len(features), proxies.count, settings.seed, client) for client in profiles}
+    clients = list(profiles)
+    if proxies.relevance == "fisher":
+        means = np.stack([profiles[client]["seed-routing-vector"] for client in clients])
+        sample = features[:: -(-len(features) // _COVARIANCE_SAMPLES)]
+        rows, biases = fisher_discriminants(means, features.mean(axis=0, dtype=np.float64), shrunk_covariance(sample))
+    else:
+        classifiers = np.stack([profiles[client]["relevance-classifier"] for client in clients]).astype(np.float64)
+        rows, biases = classifiers[:, :-1], classifiers[:, -1]
+    selections = {}
+    # Many clients' scores out of one reading of the public set, as long as memory for them is bounded.
+    group = max(1, _SCORES // len(features))
+    for first in range(0, len(clients), group):
+        part = slice(first, first + group)
+        found = linear_scores(features, rows[part], biases[part])
+        # Many small products: a second thread costs more than it saves.
+        with threads(1):
+            for client, scores in zip(clients[part], found, strict=True):
+                selections[client] = _selected(features, scores, proxies)
+                progress(len(selections), len(clients))
     return selections
+
+
+def _selected(features: np.ndarray, scores: np.ndarray, proxies: Proxies) -> Selection:
+    """The proxies of a client whose log-odds are known."""
+    relevance = logistic_link(scores, proxies.pool)
+    # A stable sort: among equal scores the lowest row comes first, on every machine.
+    pool = np.argsort(-scores, kind="stable")[: proxies.pool]
+    if proxies.selection == "dpp":
+        ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
+    else:
+        ids = pool[: proxies.count]
+    return Selection(ids, scores[ids], relevance[ids])
 
 
 def _random(size: int, count: int, seed: int, client: int) -> Selection:

@@ -6,25 +6,45 @@ from scipy.special import expit, softmax
 
 from common.fisher import fisher_rows
 
+_SHARD = 4_096
 
-def fisher_scores(
-    features: np.ndarray, private_mean: np.ndarray, public_mean: np.ndarray, covariance: np.ndarray
-) -> np.ndarray:
-    """Log-odds that a sample is the client's rather than public, for Gaussians with one covariance and equal priors.
 
-    s(x) = w.x + b with w = S_0^-1 (mu_p - mu_0), b = -1/2 (mu_p + mu_0).w (Fisher's discriminant).
+def fisher_discriminants(
+    private_means: np.ndarray, public_mean: np.ndarray, covariance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds that a sample is a client's rather than public, for Gaussians with one covariance and equal priors.
+
+    s_p(x) = w_p.x + b_p with w_p = S_0^-1 (mu_p - mu_0), b_p = -1/2 (mu_p + mu_0).w_p (Fisher's discriminant).
 
     Args:
-        features: the seed's embeddings z of the public samples, [n, d].
-        private_mean: mu_p, the client's seed routing vector, [d].
+        private_means: mu_p, the clients' seed routing vectors, [K, d].
         public_mean: mu_0, [d].
         covariance: S_0, shrunk, [d, d].
 
     Returns:
-        float64 [n].
+        w, float64 [K, d], and b, float64 [K].
     """
-    rows, biases = fisher_rows(np.stack([private_mean, public_mean]), covariance)
-    return features @ (rows[0] - rows[1]) + (biases[0] - biases[1])
+    rows, biases = fisher_rows(np.vstack([private_means, public_mean]), covariance)
+    return rows[:-1] - rows[-1], biases[:-1] - biases[-1]
+
+
+def linear_scores(features: np.ndarray, rows: np.ndarray, biases: np.ndarray) -> np.ndarray:
+    """s_p(x) = w_p.x + b_p for every public sample and every client; the samples are read once, a shard at a time.
+
+    Args:
+        features: the seed's embeddings z of the public samples, [n, d], in memory or memory-mapped.
+        rows: w, [K, d].
+        biases: b, [K].
+
+    Returns:
+        float64 [K, n].
+    """
+    scores = np.empty((len(rows), len(features)))
+    for start in range(0, len(features), _SHARD):
+        shard = features[start : start + _SHARD].astype(np.float64)
+        scores[:, start : start + len(shard)] = rows @ shard.T
+    scores += biases[:, None]
+    return scores
 
 
 def logistic_link(scores: np.ndarray, expected: int) -> np.ndarray:

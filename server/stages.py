@@ -19,7 +19,8 @@ from common.model.artifact import router_arrays, save_model
 from common.model.routing import all_evidence_paths
 from common.model.seed import load_seed
 from server.exchange import Ask, Exchange
-from server.experts import store_expert, stored_expert
+from server.experts import store_expert, stored_expert, stored_vectors
+from server.merging import Contribution, merge
 from server.proxies import public_features, select_proxies, selection_record
 from server.unify import initial_routers, router_samples, unify
 
@@ -62,31 +63,37 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             paths = all_evidence_paths(seed, settings.lora, router) if compared else []
             features = public_features(seed, settings.data, paths, public, public_hash, partial(events, "embed"))
         with _timed(timings, "select"):
-            events("select", 0, 1)
-            selections = select_proxies(features[:, -1], profiles, settings)
-            by_client = {name: selection_record(s) for name, s in zip(names, selections, strict=True)}
+            events("select", 0, len(profiles))
+            selections = select_proxies(features[:, -1], profiles, settings, partial(events, "select"))
+            by_client = {names[k]: selection_record(s) for k, s in selections.items()}
             write_json(out / "proxies.json", {"public": public_hash, "clients": by_client})
-            events("select", 1, 1)
 
         # 3. Every client trains its expert on private samples and proxies; what it sends is on disk before the next one is
         # read.
-        folders = [out / "server" / "experts" / name for name in names]
+        folders = {k: out / "server" / "experts" / names[k] for k in selections}
         with _timed(timings, "expert"):
-            requests = [exchange.request({"proxies": s.ids}) for s in selections]
+            requests = {k: exchange.request({"proxies": s.ids}) for k, s in selections.items()}
             for client, arrays in exchange.ask("expert", requests):
                 store_expert(folders[client], seed, settings.lora, arrays)
 
         # 4. The experts become one model, whose router learns from the proxies.
         with _timed(timings, "unify"):
-            experts, vectors = zip(*map(stored_expert, folders), strict=True)
-            if "seed-ffn-inputs" in profiles[0]:
-                vectors = tuple(profile["seed-ffn-inputs"] for profile in profiles)
-            proxies = [public.select(s.ids) for s in selections]
-            scores = [s.scores for s in selections]
+            members = exchange.members
+            sent = [
+                Contribution(
+                    names[k], folders[k], profiles[k].get("seed-ffn-inputs", stored_vectors(folders[k])), selections[k]
+                )
+                for k in members
+            ]
+            parts, merged = merge(sent, settings, seed, features)
+            experts = [stored_expert(part.folder)[0] for part in parts]
+            vectors, proxies = [part.vectors for part in parts], [public.select(part.selection.ids) for part in parts]
+            scores = [part.selection.scores for part in parts]
             routers = initial_routers(seed, settings, features[:, :-1], proxies, scores, experts, vectors)
             samples = router_samples(settings, public, proxies)
             weights = unify(seed, settings, experts, routers, samples, partial(events, "unify"))
-            manifest = save_model(out / "model", seed, settings, names, known_classes(settings.data), weights)
+            present = [part.name for part in parts]
+            manifest = save_model(out / "model", seed, settings, present, known_classes(settings.data), weights)
 
         # 5. The model goes back to every client, who evaluates it where the data is.
         with _timed(timings, "deliver"):
@@ -94,13 +101,15 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                 f"expert.{k}.{name}": m.numpy() for k, expert in enumerate(weights.experts) for name, m in expert.items()
             }
             arrays = {f"router.{name}": array for name, array in router_arrays(weights.routers).items()}
-            delivery = exchange.request(arrays | matrices)
-            reported = {names[k]: reply for k, reply in exchange.ask("deliver", [delivery] * len(names))}
+            delivery = exchange.request(arrays | matrices, present)
+            reported = {names[k]: reply for k, reply in exchange.ask("deliver", dict.fromkeys(members, delivery))}
             exchange.close()
 
     summary = {
         "model": manifest.model_hash,
         "clients": [asdict(transfer) for transfer in exchange.transfers],
+        "missing": [asdict(missing) for missing in exchange.missing],
+        "merged": merged,
         "timings": {stage: round(timing.wall, 3) for stage, timing in timings.items()},
         "cpu_seconds": {stage: round(timing.cpu, 3) for stage, timing in timings.items()},
         "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},

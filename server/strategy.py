@@ -14,6 +14,10 @@ from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
 from server.stages import run_stages
 
 _POLL_SECONDS = 0.2
+_COHORT = 100
+"""Nodes with a request at a time: Flower's link state looks through all messages for each node, which is quadratic."""
+_DROPPED_OUT = (5, 8)
+"""Flower's error codes of a node that is not there, and of an app process that ended without an answer."""
 
 
 class MetaMoE(Strategy):
@@ -37,7 +41,7 @@ class MetaMoE(Strategy):
         run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out, self.audit_keys)
 
     def _nodes(self, grid: Grid) -> list[int]:
-        """Wait until as many clients are connected as the settings say."""
+        """Wait until as many clients are connected as the settings say, or in the end for the quorum."""
         remedy = (
             f"the settings say clients = {self.settings.clients}: change one or the other (flwr run . "
             f"--federation-config num-supernodes={self.settings.clients}), or raise compute.connect-timeout"
@@ -45,6 +49,8 @@ class MetaMoE(Strategy):
         wanted, deadline = self.settings.clients, time.monotonic() + self.settings.compute.connect_timeout
         while len(nodes := sorted(grid.get_node_ids())) < wanted:
             if time.monotonic() > deadline:
+                if len(nodes) >= self.settings.least_clients:
+                    break
                 raise RunFailedError(f"only {len(nodes)} clients are connected; {remedy}")
             time.sleep(_POLL_SECONDS)
         if len(nodes) > wanted:
@@ -54,18 +60,33 @@ class MetaMoE(Strategy):
     def _ask(
         self, grid: Grid, kind: Kind, requests: Mapping[int, RecordDict]
     ) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
-        messages = [
-            grid.create_message(content=content, message_type=MESSAGE_TYPE[kind], dst_node_id=node, group_id=kind)
-            for node, content in requests.items()
-        ]
-        waiting = dict(zip(grid.push_messages(messages), requests, strict=True))
-        deadline = time.monotonic() + self.settings.compute.timeout
-        while waiting and time.monotonic() < deadline:
-            for reply in grid.pull_messages(list(waiting)):
+        compute = self.settings.compute
+        waiting, deadline, queue = dict[str, int](), time.monotonic() + compute.timeout, list(requests)
+        # Nodes that dropped out and may come back, and until when.
+        dropped, rejoin_by = dict[int, MetaMoEError](), dict[int, float]()
+        while (queue or waiting or dropped) and time.monotonic() < deadline:
+            room = max(0, _COHORT - len(waiting))
+            cohort, queue = queue[:room], queue[room:]
+            waiting |= _push(grid, kind, {node: requests[node] for node in cohort}) if cohort else {}
+            for reply in grid.pull_messages(list(waiting)) if waiting else ():
                 # By the message it answers: a node that died has no source of its own.
                 node = waiting.pop(reply.metadata.reply_to_message_id)
-                yield node, _failure(reply) if reply.has_error() else reply.content
+                if not reply.has_error():
+                    yield node, reply.content
+                elif compute.rejoin_timeout and reply.error.code in _DROPPED_OUT:
+                    dropped[node] = _failure(reply)
+                    rejoin_by.setdefault(node, time.monotonic() + compute.rejoin_timeout)
+                else:
+                    yield node, _failure(reply)
+            online = set(grid.get_node_ids()) if dropped else set()
+            for node in list(dropped):
+                if time.monotonic() > rejoin_by[node]:
+                    yield node, dropped.pop(node)
+                elif node in online:
+                    del dropped[node]
+                    waiting |= _push(grid, kind, {node: requests[node]})
             time.sleep(_POLL_SECONDS)
+        yield from dropped.items()
 
     def summary(self) -> None:
         """Nothing to log: the settings lie in the run folder."""
@@ -85,6 +106,15 @@ class MetaMoE(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Not a stage of this method."""
         return None
+
+
+def _push(grid: Grid, kind: Kind, requests: Mapping[int, RecordDict]) -> dict[str, int]:
+    """Send each node its request; the nodes by the message that they are to answer."""
+    messages = [
+        grid.create_message(content=content, message_type=MESSAGE_TYPE[kind], dst_node_id=node, group_id=kind)
+        for node, content in requests.items()
+    ]
+    return dict(zip(grid.push_messages(messages), requests, strict=True))
 
 
 def _failure(reply: Message) -> MetaMoEError:

@@ -1,5 +1,6 @@
 """The commands ``metamoe deploy``: a federation of separate processes, over TLS."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +102,10 @@ def run(
     write_atomically(target / "settings.toml", to_toml(settings))
     with live(settings, target, _console):
         submit(folder, settings, target)
-    _console.print(f"model: {target / 'model'}\nwhat each client sent: {target / 'server' / 'summary.json'}", soft_wrap=True)
+    summary = target / "server" / "summary.json"
+    for missing in json.loads(summary.read_text())["missing"]:
+        _console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {missing['reason']}", soft_wrap=True)
+    _console.print(f"model: {target / 'model'}\nwhat each client sent: {summary}", soft_wrap=True)
 
 
 @deploy.command()

@@ -10,7 +10,7 @@ from deploy import flower
 _CONNECTION = "simulation"
 
 
-def run_flower(settings: Settings, out: Path) -> None:
+def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_APP) -> None:
     """Run the federation on Ray through Flower; logs and Flower's own files go to ``out/flower``.
 
     The server reads its settings from ``out/settings.toml``, which must be there.
@@ -18,6 +18,7 @@ def run_flower(settings: Settings, out: Path) -> None:
     Args:
         settings: of the run.
         out: the run folder, absolute.
+        client_app: where the clients' app is, as module:attribute.
 
     Raises:
         MetaMoEError: what stopped the server's side, of the kind it had there.
@@ -31,7 +32,7 @@ def run_flower(settings: Settings, out: Path) -> None:
             f"num-supernodes={settings.clients} client-resources-num-cpus=1 "
             f"init-args-num-cpus={settings.compute.parallel_clients}"
         )
-        flower.run(home, _CONNECTION, out, "--federation-config", size)
+        flower.run(home, _CONNECTION, out, "--federation-config", size, client_app=client_app)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ _STAGES = {
     "evaluate": "  table",
 }
 _POLL_SECONDS = 0.3
+_CLIENT_BARS = 20
 
 
 class Board:
@@ -60,7 +61,9 @@ def live(settings: Settings, out: Path, console: Console) -> Iterator[Board]:
 
 
 def _follow(settings: Settings, out: Path, board: Board, done: threading.Event) -> None:
-    files = {out / "events.jsonl": False} | {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
+    files = {out / "events.jsonl": False}
+    if settings.clients <= _CLIENT_BARS:
+        files |= {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
     positions = dict.fromkeys(files, 0)
     finished = False
     while not finished:

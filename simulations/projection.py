@@ -30,10 +30,10 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
         features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), _quietly)[:, -1]
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
-        profiles = [
-            profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1))
+        profiles = {
+            site.client: profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1))
             for site, data in zip(sites, private, strict=True)
-        ]
+        }
         picked = {name: select_proxies(features, profiles, _selecting(settings, name)) for name in _SELECTIONS}
         maps = {}
         for client, name in enumerate(settings.client_names):

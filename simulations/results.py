@@ -42,9 +42,10 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     """
     seed = load_seed(settings.seed_model)
     summary = json.loads((out / "server" / "summary.json").read_text())
-    unified = load_model(out / "model").model
+    loaded = load_model(out / "model")
+    unified = loaded.model
     methods: dict[str, Scores] = {ZERO_SHOT: dense(seed.model)}
-    for name in settings.client_names:
+    for name in loaded.manifest.experts:
         expert = load_adapter(out / "server" / "experts" / name)
         methods[f"expert:{name}"] = dense(with_lora(seed, settings.lora, expert))
     methods[UNIFIED] = unified.scores
@@ -58,7 +59,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
             progress(done, len(pairs))
             if method == UNIFIED:
                 percent, by_layer = accuracy_and_routing(unified, test.samples)
-                shares = zip(settings.expert_names, np.mean(by_layer, axis=0), strict=True)
+                shares = zip(loaded.manifest.expert_names, np.mean(by_layer, axis=0), strict=True)
                 routing[test.name] = {name: round(float(share), 4) for name, share in shares}
             else:
                 percent = accuracy(methods[method], test.samples)
@@ -76,6 +77,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
         "public_accuracy": public,
         "routing": routing,
         "clients": summary["clients"],
+        "missing": summary["missing"],
         "timings": summary["timings"],
     }
     write_json(out / "results.json", results)
@@ -85,8 +87,13 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
 
 def report(settings: Settings, results: dict[str, Any]) -> str:
     """results.json for a human reader, in Markdown."""
-    domains, experts = list(results["routing"]), settings.expert_names
+    domains = list(results["routing"])
+    experts = list(results["routing"][domains[0]])
     lines = [f"# MetaMoE-FL: preset {settings.preset}, seed {settings.seed}", "", f"Unified model {results['model']}", ""]
+    if results["missing"]:
+        lines += ["## Missing clients", ""]
+        lines += table(["client", "stage", "reason"], [[m["name"], m["stage"], m["reason"]] for m in results["missing"]])
+        lines += [""]
     lines += [
         f"## Accuracy on {settings.data.evaluate_on} data, %",
         "",

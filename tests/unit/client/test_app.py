@@ -117,7 +117,7 @@ def test_after_delivery_nothing_leaves_but_the_accuracy_if_it_may(small: Setting
     seed = load_seed(settings.seed_model)
     artifacts = request_artifacts("deliver", settings, seed)
     arrays = {a.name: np.full(a.shape, 0.01, a.dtype) for a in artifacts}
-    reply = ask("deliver", settings, tmp_path, arrays=arrays)
+    reply = ask("deliver", settings, tmp_path, arrays=arrays, experts=settings.client_names)
     own = json.loads((tmp_path / "clients" / "digits" / "accuracy.json").read_text())["accuracy"]
     assert set(reply.content[AUDIT]) == {"ledger-root", "ledger-signature"}
     if report:

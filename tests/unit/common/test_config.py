@@ -46,6 +46,7 @@ def test_overrides_and_files(tmp_path: Path) -> None:
         ("expert-training.learning-rate=nan", InvalidSettingError, "learning-rate"),
         ("router.top-k=9", InvalidSettingError, "top-k = 9 is more than the 4 experts of clients = 3"),
         ("proxies.count=5000", ProxyCountError, "proxies.count = 5000 is more than proxies.pool = 2000"),
+        ("quorum=4", InvalidSettingError, "quorum = 4 is more than clients = 3"),
         ("data.prompt=x", InvalidSettingError, "no {}"),
         ("data.domains=['greek','greek']", InvalidSettingError, "twice"),
         ("no-equals", InvalidSettingError, "key=value"),
@@ -72,6 +73,7 @@ def test_a_lambda_that_could_not_learn_is_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["quorum=1", "router.top-k=3"], "top-k = 3 is more than the 2 experts of quorum = 1"),
         (["router.decide=per-layer"], "evidence = prefix needs router.decide = once"),
         (["router.decide=per-layer", "router.evidence=layer"], "vectors = seed needs router.decide = once"),
         (["router-training.train-router=false"], "neither router nor experts"),

@@ -142,6 +142,10 @@ def test_request_survives_the_wire(small: Settings) -> None:
     ("change", "reason"),
     [
         ({"protocol": 99}, "protocol 99"),
+        ({"version": "9.9.9"}, r"server has MetaMoE-FL '9\.9\.9"),
+        ({"members": [0, 1, 3]}, r"0 to 2; got \[0, 1, 3\]"),
+        ({"members": [1, 0, 2]}, r"in order"),
+        ({"members": [0, 2]}, "run with 2 clients; it needs 3"),
         ({"settings": "not json"}, "not JSON"),
         ({"settings": '{"nonsense": 1}'}, "nonsense"),
         ({"settings": "[]"}, "settings = "),
@@ -182,6 +186,10 @@ def test_delivery_has_one_router_or_one_a_layer(seed: Seed) -> None:
         return len(shapes)
 
     assert (routers("once"), routers("per-layer")) == (1, 2)
+    left = request_artifacts("deliver", validated({"quorum": 2}), seed, 2)
+    # Two layers of two matrices each, A and B; two clients and the seed.
+    assert len([a for a in left if a.name.startswith("expert.")]) == 2 * 8
+    assert {a.shape[0] for a in left if a.name.endswith(".rows")} == {3}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,28 @@ def test_looking_lazily_picks_what_looking_at_everything_picks(n: int, d: int, s
     assert greedy_map(features, relevance, count).tolist() == plain(features.astype(np.float64), relevance, count)
 
 
+def test_more_equal_items_than_are_compared_at_a_time_are_picked_by_index() -> None:
+    rng = np.random.default_rng(5)
+    features = np.repeat(rng.normal(size=(4, 32)), 500, axis=0)[rng.permutation(2_000)]
+    picks = greedy_map(features, np.ones(2_000), 4)
+    assert picks.tolist() == plain(features, np.ones(2_000), 4)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+def test_where_little_is_left_beside_those_picked_float32_does_not_decide(noise: float) -> None:
+    rng = np.random.default_rng(6)
+    features = rng.normal(size=(1_500, 5)) @ rng.normal(size=(5, 64)) + noise * rng.normal(size=(1_500, 64))
+    relevance = rng.uniform(0.5, 1, 1_500)
+    assert greedy_map(features, relevance, 40).tolist() == plain(features, relevance, 40)
+
+
+@pytest.mark.parametrize("length", [1e-100, 1e-30, 1e30, 1e100])
+def test_lengths_beyond_float32_change_nothing(length: float) -> None:
+    rng = np.random.default_rng(7)
+    features, relevance = rng.normal(size=(600, 48)), rng.uniform(0.5, 1, 600)
+    assert (greedy_map(features * length, relevance, 30) == greedy_map(features, relevance, 30)).all()
+
+
 def test_twenty_thousand_items_from_a_file_are_picked_as_in_memory(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     features = rng.normal(size=(20_000, 32)).astype(np.float16)

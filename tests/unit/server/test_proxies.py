@@ -12,12 +12,13 @@ def selecting(**proxies: object) -> Settings:
 
 
 FEATURES = random_features(200, 5) + 2
-PROFILES = [{"seed-routing-vector": FEATURES.mean(0) + shift} for shift in (np.eye(5)[0] * 3, -np.eye(5)[1] * 3)]
+SHIFTS = np.eye(5)[0] * 3, -np.eye(5)[1] * 3
+PROFILES = {client: {"seed-routing-vector": FEATURES.mean(0) + shift} for client, shift in enumerate(SHIFTS)}
 
 
 def test_by_relevance_alone_are_the_most_relevant_in_their_order() -> None:
     selections = select_proxies(FEATURES, PROFILES, selecting(selection="relevance"))
-    for selection in selections:
+    for selection in selections.values():
         assert (np.diff(selection.scores) <= 0).all()
     # Towards its own mean: along the first axis up, along the second down.
     assert FEATURES[selections[0].ids, 0].mean() > FEATURES[:, 0].mean() + 1
@@ -31,23 +32,24 @@ def test_a_dpp_stays_in_the_pool_and_is_more_diverse() -> None:
 
     pool = select_proxies(FEATURES, PROFILES, selecting(selection="relevance", count=40))
     dpp = select_proxies(FEATURES, PROFILES, selecting())
-    for candidates, selection in zip(pool, dpp, strict=True):
-        assert set(selection.ids) <= set(candidates.ids)
-        assert volume(selection.ids) > volume(candidates.ids)
+    for client in PROFILES:
+        assert set(dpp[client].ids) <= set(pool[client].ids)
+        assert volume(dpp[client].ids) > volume(pool[client].ids)
 
 
 def test_random_ones_need_nothing_of_a_client_and_differ_between_clients() -> None:
-    first, second = select_proxies(FEATURES, [{}, {}], selecting(selection="random"))
+    first, second = select_proxies(FEATURES, {0: {}, 1: {}}, selecting(selection="random")).values()
     assert len(set(first.ids)) == len(set(second.ids)) == 8
     assert set(first.ids) != set(second.ids)
-    again = select_proxies(FEATURES, [{}, {}], selecting(selection="random"))
-    assert (again[0].ids == first.ids).all()
+    # The same ones when the other client is missing.
+    again = select_proxies(FEATURES, {1: {}}, selecting(selection="random"))
+    assert (again[1].ids == second.ids).all()
 
 
 def test_a_classifiers_log_odds_are_used_as_they_are() -> None:
     # w = (0, 0, 1, 0, 0), b = -2.
     profile = {"relevance-classifier": np.array([0, 0, 1, 0, 0, -2], dtype=np.float32)}
-    (selection,) = select_proxies(FEATURES, [profile], selecting(relevance="classifier", selection="relevance"))
+    selection = select_proxies(FEATURES, {0: profile}, selecting(relevance="classifier", selection="relevance"))[0]
     np.testing.assert_array_equal(selection.ids, np.argsort(-FEATURES[:, 2], kind="stable")[:8])
     np.testing.assert_allclose(selection.scores, FEATURES[selection.ids, 2] - 2)
 

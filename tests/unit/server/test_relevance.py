@@ -1,8 +1,11 @@
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from common.fisher import fisher_rows, shrunk_covariance
-from server.relevance import fisher_scores, logistic_link, tempered_weights
+from server.relevance import fisher_discriminants, linear_scores, logistic_link, tempered_weights
 from tests.conftest import random_features
 
 
@@ -10,8 +13,10 @@ def test_scores_of_a_hand_computed_case() -> None:
     # S_0 = diag(1, 4), mu_p = (2, 4), mu_0 = (0, 0): w = (2, 1), b = -1/2 (2*2 + 4*1) = -4.
     covariance = np.diag([1.0, 4.0])
     features = np.array([[0.0, 0.0], [2.0, 4.0], [1.0, 2.0], [3.0, -1.0]])
-    scores = fisher_scores(features, np.array([2.0, 4.0]), np.zeros(2), covariance)
-    np.testing.assert_allclose(scores, [-4.0, 4.0, 0.0, 1.0])
+    rows, biases = fisher_discriminants(np.array([[2.0, 4.0], [0.0, 0.0]]), np.zeros(2), covariance)
+    np.testing.assert_allclose(rows, [[2.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(biases, [-4.0, 0.0])
+    np.testing.assert_allclose(linear_scores(features, rows, biases), [[-4.0, 4.0, 0.0, 1.0], [0.0] * 4])
 
 
 def test_scores_are_the_log_odds_of_gaussians() -> None:
@@ -22,7 +27,22 @@ def test_scores_are_the_log_odds_of_gaussians() -> None:
     expected = multivariate_normal([1, -1], covariance).logpdf(features) - multivariate_normal([0.5, 2], covariance).logpdf(
         features
     )
-    np.testing.assert_allclose(fisher_scores(features, np.array([1, -1]), np.array([0.5, 2]), covariance), expected)
+    discriminant = fisher_discriminants(np.array([[1, -1]]), np.array([0.5, 2]), covariance)
+    np.testing.assert_allclose(linear_scores(features, *discriminant), [expected])
+
+
+def test_scores_of_a_file_are_computed_in_constant_memory(tmp_path: Path) -> None:
+    features = random_features(60_000, 64).astype(np.float16)
+    (tmp_path / "features").write_bytes(features.tobytes())
+    mapped = np.memmap(tmp_path / "features", dtype=np.float16, mode="r", shape=features.shape)
+    rows, biases = random_features(2, 64, 1), np.array([1.0, -2.0])
+    tracemalloc.start()
+    scores = linear_scores(mapped, rows, biases)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(scores, rows @ features.T.astype(np.float64) + biases[:, None])
+    # What is returned, and copies of two shards; the features in float64 would be 31 MB.
+    assert peak < scores.nbytes + 6e6
 
 
 def test_rows_and_biases_of_a_hand_computed_case() -> None:

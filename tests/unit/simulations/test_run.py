@@ -1,14 +1,20 @@
 """Whole runs in one process, small but real, and the command around them."""
 
 import json
+import re
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord
 from PIL import Image
 
+from client.app import respond
+from client.egress import audited
+from client.site import Site
 from common.config import Settings, to_toml, validated
 from common.data.datasets import load_domain
 from common.errors import (
@@ -25,7 +31,9 @@ from common.errors import (
     UnknownSettingError,
 )
 from common.model.artifact import load_model
-from common.wire import REQUEST, encode_reply
+from common.model.lora import load_adapter
+from common.wire import REQUEST, RecordDict, encode_reply
+from server.exchange import Ask
 from server.stages import run_stages
 from simulations.local import run_local
 from simulations.results import write_results
@@ -80,9 +88,6 @@ def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small
 
 
 def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Path) -> None:
-    from client.app import respond
-    from client.site import Site
-
     def backwards(kind, requests):
         for node in reversed(requests):
             yield node, respond(kind, requests[node], Site(7 - node, tmp_path / "b" / "clients"))
@@ -94,9 +99,6 @@ def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Pat
 
 
 def test_a_client_that_lies_or_is_silent_is_named(small: Settings, tmp_path: Path) -> None:
-    from client.app import respond
-    from client.site import Site
-
     def twins(kind, requests):
         for node, content in requests.items():
             yield node, respond(kind, content, Site(0, tmp_path))
@@ -131,6 +133,78 @@ def test_a_client_that_lies_or_is_silent_is_named(small: Settings, tmp_path: Pat
     with pytest.raises(ProtocolError, match=r"client arrows, reply to 'expert': undeclared array 'x'"):
         run_stages(small, [0, 1, 2], poisoned, tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+def dropping(out: Path, failing: dict[str, dict[int, RecordDict | MetaMoEError | None]]) -> Ask:
+    """Nodes 10 to 12 are clients 0 to 2, each with a failure for a stage: an error, another reply, or silence."""
+
+    def ask(kind, requests):
+        for node, content in requests.items():
+            site = Site(node - 10, out / "clients")
+            reply = failing.get(kind, {}).get(node - 10, ...)
+            if reply is ...:
+                yield node, audited(kind, content, site, partial(respond, kind, site=site))
+            elif reply is not None:
+                yield node, reply
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("stage", "failure", "reason"),
+    [
+        ("profile", RunFailedError("Flower reports error 5: gone"), "node 11 could not answer 'profile'.*error 5: gone"),
+        ("expert", None, "no answer to 'expert' .* from client greek"),
+        ("expert", encode_reply({"x": np.zeros(3)}), "client greek, reply to 'expert': undeclared array 'x'"),
+    ],
+)
+def test_at_the_quorum_a_run_ends_without_the_missing_one(
+    stage: str, failure: RecordDict | MetaMoEError | None, reason: str, small: Settings, tmp_path: Path
+) -> None:
+    settings = validated(small.model_dump() | {"quorum": 2})
+    run_stages(settings, [10, 11, 12], dropping(tmp_path, {stage: {1: failure}}), tmp_path)
+    summary = json.loads((tmp_path / "server" / "summary.json").read_text())
+    (missing,) = summary["missing"]
+    assert (missing["name"], missing["stage"]) == ("greek", stage)
+    assert re.search(reason, missing["reason"])
+    assert load_model(tmp_path / "model").manifest.experts == ["digits", "arrows"]
+    for name in ("digits", "arrows"):
+        delivered = load_model(tmp_path / "clients" / name / "model")
+        assert delivered.manifest.model_hash == summary["model"]
+    assert not (tmp_path / "clients" / "greek" / "model").exists()
+
+    # The others' proxies and experts are those of a run with all.
+    run_local(small, tmp_path / "whole")
+    proxies = [json.loads((folder / "proxies.json").read_text())["clients"] for folder in (tmp_path, tmp_path / "whole")]
+    assert proxies[0]["arrows"] == proxies[1]["arrows"]
+    experts = [load_adapter(folder / "server" / "experts" / "arrows") for folder in (tmp_path, tmp_path / "whole")]
+    assert all(torch.equal(experts[0][name], experts[1][name]) for name in experts[1])
+
+    results = write_results(settings, tmp_path, lambda _done, _total: None)
+    assert set(results["routing"]["greek"]) == {"digits", "arrows", "seed"}
+    assert results["missing"] == summary["missing"]
+    assert "| greek | " + stage in (tmp_path / "report.md").read_text()
+
+
+def test_a_model_that_one_client_did_not_take_is_whole(small: Settings, tmp_path: Path) -> None:
+    settings = validated(small.model_dump() | {"quorum": 2})
+    run_stages(settings, [10, 11, 12], dropping(tmp_path, {"deliver": {2: None}}), tmp_path)
+    summary = json.loads((tmp_path / "server" / "summary.json").read_text())
+    assert [(missing["name"], missing["stage"]) for missing in summary["missing"]] == [("arrows", "deliver")]
+    assert load_model(tmp_path / "model").manifest.experts == ["digits", "greek", "arrows"]
+
+
+def test_below_the_quorum_a_run_ends_and_all_missing_are_named(small: Settings, tmp_path: Path) -> None:
+    settings = validated(small.model_dump() | {"quorum": 2})
+    failing = {"profile": {0: RunFailedError("gone")}, "expert": {2: RunFailedError("gone too")}}
+    with pytest.raises(RunFailedError, match=r"client arrows .* gone too; missing before: digits; quorum = 2"):
+        run_stages(settings, [10, 11, 12], dropping(tmp_path, failing), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+    # One that never connected is missing too.
+    run_stages(settings, [10, 12], dropping(tmp_path, {}), tmp_path)
+    (missing,) = json.loads((tmp_path / "server" / "summary.json").read_text())["missing"]
+    assert missing == {"name": "greek", "stage": "profile", "reason": "it is not connected"}
 
 
 def test_the_command_from_simulation_to_prediction(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:

@@ -1,0 +1,83 @@
+"""One forward pass of the unified model against the dense seed: CPU seconds, wall seconds and FLOPs, at real shapes with random
+weights.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel
+
+from common import config
+from common.config import validated
+from common.model.lora import expert_shapes
+from common.model.moe import RouterWeights, UnifiedModel
+from common.model.routing import evidence_paths
+from common.model.seed import Seed
+
+Row = dict[str, float | str]
+_CASES = ((3, 1), (3, 2), (30, 1), (30, 2))
+
+
+def forward_cost(repeats: int = 7) -> dict[str, Row]:
+    """CLIP ViT-B/32, 16 images, rank 16, for each number of experts and each top k.
+
+    Args:
+        repeats: passes of each, in turn, of which the fastest counts.
+    """
+    torch.manual_seed(0)
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+    clip = CLIPModel(CLIPConfig(vision_config={"patch_size": 32}, text_config=text)).eval().requires_grad_(False)
+    seed = Seed("random", clip, None, None)
+    pixels = torch.randn(16, 3, 224, 224)
+    rows: dict[str, Row] = {}
+    for experts, top_k in _CASES:
+        unified = _unified(seed, experts, top_k)
+        rows |= _compared(
+            f"CLIP-B/32, {experts} experts, top-{top_k}",
+            lambda model=unified: model(pixels)[0],
+            lambda: clip.vision_model(pixel_values=pixels).pooler_output,
+            repeats,
+        )
+    return rows
+
+
+def _unified(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
+    router = {"top-k": top_k, "renormalise": top_k > 1, "context": 1.0, "learn-context": False}
+    settings = validated({"clients": experts, "router": router, "lora": {"first-layer": 1}})
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in expert_shapes(seed, settings.lora).items()}
+        for _ in range(experts)
+    ]
+    rng = np.random.default_rng(0)
+    width = len(evidence_paths(seed, settings.lora, settings.router)[0]) * seed.width
+    count = len(settings.expert_names)
+    routers = [RouterWeights(rng.normal(size=(count, width)), np.zeros(count), settings.router.context)]
+    model = UnifiedModel(seed, made, config.Lora(first_layer=1), settings.router, routers)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _compared(name: str, ours: Callable[[], Tensor], peer: Callable[[], Tensor], repeats: int) -> dict[str, Row]:
+    flops = []
+    for run in (ours, peer):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops.append(counter.get_total_flops())
+    seconds = np.array([[_seconds(run) for run in (ours, peer)] for _ in range(repeats)]).min(axis=0)
+    (our_cpu, our_wall), (peer_cpu, peer_wall) = seconds
+    return {
+        f"{name}, CPU": {"ours": our_cpu, "peer": peer_cpu, "ratio": our_cpu / peer_cpu, "unit": "s"},
+        f"{name}, wall": {"ours": our_wall, "peer": peer_wall, "ratio": our_wall / peer_wall, "unit": "s"},
+        f"{name}, FLOPs": {"ours": flops[0] / 1e9, "peer": flops[1] / 1e9, "ratio": flops[0] / flops[1], "unit": "G"},
+    }
+
+
+def _seconds(run: Callable[[], Tensor]) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall

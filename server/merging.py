@@ -1,0 +1,142 @@
+"""Stage 3 with more clients than the unified model may have experts: the nearest ones share an expert."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from scipy.linalg import solve_triangular
+from sklearn.cluster import AgglomerativeClustering
+
+from common.config import Settings
+from common.fisher import shrunk_covariance
+from common.model.lora import Expert, rounded
+from common.model.seed import Seed
+from server.experts import ADAPTER, store_expert
+from server.proxies import Selection
+
+_COVARIANCE_SAMPLES = 4_000
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What becomes one expert of the unified model: its name, where its matrices lie, routing vectors [P, d] if there are any,
+    and proxies.
+    """
+
+    name: str
+    folder: Path
+    vectors: np.ndarray | None
+    selection: Selection
+
+
+def clusters(vectors: np.ndarray, covariance: np.ndarray | None, count: int) -> list[list[int]]:
+    """Clients in ``count`` groups of near routing vectors (Ward's method, Mahalanobis distance).
+
+    Args:
+        vectors: one of each client, [K, D].
+        covariance: S_0 [D, D] of the same feature on public data; None for plain distances.
+        count: of groups, at most K.
+
+    Returns:
+        Row numbers, ascending within a group; groups by their first.
+    """
+    if count == 1:
+        return [list(range(len(vectors)))]
+    if covariance is not None:
+        vectors = solve_triangular(np.linalg.cholesky(covariance), vectors.T, lower=True).T
+    labels = AgglomerativeClustering(count).fit_predict(vectors)
+    return sorted(np.flatnonzero(labels == label).tolist() for label in range(count))
+
+
+def merged_expert(folders: Sequence[Path], rank: int) -> Expert:
+    """The expert of given rank nearest to the mean of several: B A ~ (1/K) sum_k B_k A_k, cut off after ``rank`` singular
+    values.
+
+    One matrix is read of each at a time, so memory does not grow with their number.
+
+    Args:
+        folders: stored experts, of one shape.
+        rank: r.
+
+    Returns:
+        float16 matrices A [r, in] and B [out, r] of every adapted linear map.
+    """
+    merged: Expert = {}
+    with safe_open(folders[0] / ADAPTER, "pt") as file:
+        names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+    for name in names:
+        mean = torch.zeros(())
+        for folder in folders:
+            with safe_open(folder / ADAPTER, "pt") as file:
+                a, b = (file.get_tensor(key).float() for key in (name, name.replace(".lora_A.", ".lora_B.")))
+            mean = mean + b @ a / len(folders)
+        left, values, right = torch.linalg.svd(mean, full_matrices=False)
+        root = values[:rank].sqrt()
+        plain = name.removeprefix("base_model.model.")
+        merged[plain] = root[:, None] * right[:rank]
+        merged[plain.replace(".lora_A.", ".lora_B.")] = left[:, :rank] * root
+    return rounded(merged)
+
+
+def merged_selection(selections: Sequence[Selection], count: int) -> Selection:
+    """As many proxies as one client has, out of several clients' in turn, in the order in which they were picked."""
+    taken: dict[int, tuple[float, float]] = {}
+    for place in range(max(len(selection.ids) for selection in selections)):
+        for selection in selections:
+            if place < len(selection.ids):
+                taken.setdefault(int(selection.ids[place]), (selection.scores[place], selection.relevance[place]))
+    ids = list(taken)[:count]
+    scores, relevance = zip(*(taken[i] for i in ids), strict=True)
+    return Selection(np.array(ids), np.array(scores), np.array(relevance))
+
+
+def merge(
+    sent: Sequence[Contribution], settings: Settings, seed: Seed, features: np.ndarray
+) -> tuple[list[Contribution], dict[str, list[str]]]:
+    """What clients contributed, as at most ``experts.max`` contributions; merged experts are stored beside the clients'.
+
+    Args:
+        sent: the clients'.
+        settings, seed: the run's.
+        features: the public samples' mean FFN inputs in the seed, and last their embedding, [n, P + 1, d].
+
+    Returns:
+        The contributions, and by their names the clients of those that are merged.
+    """
+    if len(sent) <= settings.experts.max:
+        return list(sent), {}
+    parts, merged = [], {}
+    for group in clusters(*_compared(sent, features), settings.experts.max):
+        members = [sent[k] for k in group]
+        if len(members) == 1:
+            parts += members
+            continue
+        name = f"{members[0].name}-and-{len(members) - 1}-more"
+        folder = members[0].folder.parent / name
+        vectors = [member.vectors for member in members if member.vectors is not None]
+        arrays = {key: matrix.numpy() for key, matrix in merged_expert([m.folder for m in members], settings.lora.rank).items()}
+        mean = np.mean(vectors, axis=0) if vectors else None
+        store_expert(folder, seed, settings.lora, arrays if mean is None else arrays | {"routing-vectors": mean})
+        selection = merged_selection([member.selection for member in members], settings.proxies.count)
+        parts.append(Contribution(name, folder, mean, selection))
+        merged[name] = [member.name for member in members]
+    return parts, merged
+
+
+def _compared(sent: Sequence[Contribution], features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """A vector of each contribution, [K, D], and the same feature's covariance on public data, if that is known.
+
+    Routing vectors, or, where none were sent, the mean of how the seed sees the proxies.
+    """
+    own = [part.vectors for part in sent if part.vectors is not None]
+    if len(own) == len(sent):
+        vectors, public = np.stack(own), features[:, :-1]
+    else:
+        vectors, public = np.stack([features[np.sort(part.selection.ids)].mean(axis=0) for part in sent]), features
+    if public.shape[1:] != vectors.shape[1:]:
+        return vectors.reshape(len(sent), -1), None
+    sample = public[:: -(-len(public) // _COVARIANCE_SAMPLES)]
+    return vectors.reshape(len(sent), -1), shrunk_covariance(sample.reshape(len(sample), -1))
