@@ -1,22 +1,14 @@
 """Stage 1 at the server: from what a client says about its data to its proxies."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from datasets import Dataset
-from filelock import FileLock
 
 from common.compute import derived_seed, threads
-from common.config import Data, Proxies, Settings
-from common.data.tasks import input_batches
+from common.config import Proxies, Settings
 from common.errors import ProxyCountError
-from common.files import cache_folder, write_atomically
 from common.fisher import shrunk_covariance
-from common.model.routing import sample_features
-from common.model.seed import Seed
 from server.dpp import greedy_map
 from server.relevance import fisher_discriminants, linear_scores, logistic_link
 
@@ -33,43 +25,6 @@ class Selection:
     ids: np.ndarray
     scores: np.ndarray
     relevance: np.ndarray
-
-
-def public_features(
-    seed: Seed, data: Data, paths: list[str], public: Dataset, fingerprint: str, progress: Callable[[int, int], None]
-) -> np.ndarray:
-    """How the seed sees every public sample, computed once for this seed and this public set.
-
-    Args:
-        seed: the seed.
-        data: settings of the data.
-        paths: sublayers whose mean inputs are wanted beside the embedding.
-        public: the public set.
-        fingerprint: its content hash.
-        progress: called with samples done and in all.
-
-    Returns:
-        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`common.model.routing.sample_features`.
-    """
-    # Library and threads belong to the key: they decide the last digits.
-    made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
-    if not seed.is_image_model:
-        made_by += f" {data.prompt_tokens}"
-    key = hashlib.sha256(made_by.encode()).hexdigest()[:32]
-    file = cache_folder() / "embeddings" / f"{key}.f32"
-    shape = (len(public), len(paths) + 1, seed.width)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that need it, one computes it.
-    with FileLock(f"{file}.lock"):
-        if not file.is_file() or file.stat().st_size != 4 * np.prod(shape):
-            # In one block: small results kept between large temporaries would hold the heap open, by hundreds of megabytes.
-            features, done = np.empty(shape, dtype=np.float32), 0
-            for part in sample_features(seed.model, paths, input_batches(seed, data, public)):
-                features[done : done + len(part)] = part.numpy()
-                done += len(part)
-                progress(done, len(public))
-            write_atomically(file, features.tobytes())
-    return np.memmap(file, dtype=np.float32, mode="r", shape=shape)
 
 
 def select_proxies(

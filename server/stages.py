@@ -18,10 +18,11 @@ from common.files import write_json
 from common.model.artifact import router_arrays, save_model
 from common.model.routing import all_evidence_paths
 from common.model.seed import load_seed
+from server.embedding import public_features
 from server.exchange import Ask, Exchange
 from server.experts import store_expert, stored_expert, stored_vectors
 from server.merging import Contribution, merge
-from server.proxies import public_features, select_proxies, selection_record
+from server.proxies import select_proxies, selection_record
 from server.unify import initial_routers, router_samples, unify
 
 

@@ -149,6 +149,29 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
 
 
 @app.command()
+def embed(
+    preset: Annotated[str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=_DATA_DIR)] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, such as HOST:6379 or auto, to share the work. (default: this process)")
+    ] = None,
+) -> None:
+    """Embed the public set before a run, in shards: a stopped one goes on where it was, and later runs find it in the cache."""
+    from simulations.embed import embed_public
+
+    overrides = [*(set_ or []), *([f"data.folder={data_dir}"] if data_dir is not None else [])]
+    settings = _absolute(load_settings(preset, overrides))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, console=_console, speed_estimate_period=600) as progress:
+        task = progress.add_task("embedding", total=None)
+        file = embed_public(settings, ray_address, lambda done, total: progress.update(task, completed=done, total=total))
+    _console.print(f"embeddings: {file}", soft_wrap=True)
+
+
+@app.command()
 def benchmark(
     preset: Annotated[
         str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")

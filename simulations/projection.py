@@ -14,7 +14,8 @@ from common.data.datasets import load_private, load_public, public_fingerprint
 from common.data.tasks import input_batches
 from common.model.inputs import embed
 from common.model.seed import load_seed
-from server.proxies import public_features, select_proxies
+from server.embedding import public_features
+from server.proxies import select_proxies
 
 _SELECTIONS = ("random", "relevance", "dpp")
 _PRIVATE = 300
