@@ -1,23 +1,54 @@
-"""``make bench``: ratios taken side by side in one run, as a table and in bench.json."""
+"""``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
+``python -m benchmarks NAME ...`` runs a part: selection, forward, bytes, audit, scale.
+"""
+
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.audit import audit_cost
+from benchmarks.forward import forward_cost
+from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
 from common.files import write_json
 
-console = Console()
-with console.status("selection, 3,000 and 20,000 items"):
-    results = selection_cost(3_000, 5) | selection_cost(20_000, 2)
-with console.status("selection, as many items as ImageNet has"):
-    results |= imagenet_cost()
-with console.status("a run of preset glyphs, a few minutes"):
-    results |= audit_cost()
-write_json(Path("bench.json"), results)
-table = Table("what", "ours", "against", "ratio", "unit")
-for name, row in results.items():
-    table.add_row(name, f"{row['ours']:,.3f}", f"{row['peer']:,.3f}", f"{row['ratio']:.4f}", str(row["unit"]))
-console.print(table)
+Rows = dict[str, dict[str, float | str]]
+PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
+    "selection": [
+        ("selection, 3,000 items", lambda: selection_cost(3_000, 10)),
+        ("selection, 20,000 items", lambda: selection_cost(20_000, 2)),
+        ("selection, as many items as ImageNet has", imagenet_cost),
+    ],
+    "forward": [("forward passes", forward_cost)],
+    "bytes": [("bytes that a client sends", bytes_up)],
+    "audit": [("a run of preset glyphs, a few minutes", audit_cost)],
+    "scale": [("1,000 clients, some minutes", many_clients), ("1, 10 and 100 clients that train, some minutes", more_clients)],
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the parts; all of them without names. Results of other parts stay in bench.json."""
+    if unknown := [name for name in names if name not in PARTS]:
+        sys.stderr.write(f"no benchmark is called {unknown[0]!r}; there are {', '.join(PARTS)}\n")
+        return 2
+    console, file = Console(), Path("bench.json")
+    results: Rows = json.loads(file.read_text()) if names and file.is_file() else {}
+    table = Table("what", "ours", "against", "ratio", "unit")
+    for name in names or PARTS:
+        for label, run in PARTS[name]:
+            with console.status(label):
+                rows = run()
+            results |= rows
+            write_json(file, results)
+            for what, row in rows.items():
+                table.add_row(what, f"{row['ours']:,.3f}", f"{row['peer']:,.3f}", f"{row['ratio']:.4f}", str(row["unit"]))
+    console.print(table)
+    return 0
+
+
+sys.exit(main(sys.argv[1:]))

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from common import config
 from common.config import validated
+from common.model.inputs import Inputs, encode, prompt_tokens
 from common.model.lora import expert_shapes
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.routing import evidence_paths
@@ -23,26 +24,40 @@ _CASES = ((3, 1), (3, 2), (30, 1), (30, 2))
 
 
 def forward_cost(repeats: int = 7) -> dict[str, Row]:
-    """CLIP ViT-B/32, 16 images, rank 16, for each number of experts and each top k.
+    """CLIP ViT-B/32 with 16 images and a LLaMA 576 wide with 8 texts of 96 tokens, rank 16, for each number of experts and each
+    top k.
 
     Args:
         repeats: passes of each, in turn, of which the fastest counts.
     """
+    rows: dict[str, Row] = {}
+    for name, seed, inputs in (_clip(), _llama()):
+        for experts, top_k in _CASES:
+            unified = _unified(seed, experts, top_k)
+            rows |= _compared(
+                f"{name}, {experts} experts, top-{top_k}",
+                lambda model=unified, x=inputs: model(x)[0],
+                lambda model=seed.model, x=inputs: encode(model, x),
+                repeats,
+            )
+    return rows
+
+
+def _llama() -> tuple[str, Seed, Inputs]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 1_000}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval().requires_grad_(False)
+    ids = torch.randint(3, 1_000, (8, 96))
+    return "LLaMA 576", Seed("random", llama, None, None), prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def _clip() -> tuple[str, Seed, Inputs]:
     torch.manual_seed(0)
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     clip = CLIPModel(CLIPConfig(vision_config={"patch_size": 32}, text_config=text)).eval().requires_grad_(False)
-    seed = Seed("random", clip, None, None)
-    pixels = torch.randn(16, 3, 224, 224)
-    rows: dict[str, Row] = {}
-    for experts, top_k in _CASES:
-        unified = _unified(seed, experts, top_k)
-        rows |= _compared(
-            f"CLIP-B/32, {experts} experts, top-{top_k}",
-            lambda model=unified: model(pixels)[0],
-            lambda: clip.vision_model(pixel_values=pixels).pooler_output,
-            repeats,
-        )
-    return rows
+    return "CLIP-B/32", Seed("random", clip, None, None), torch.randn(16, 3, 224, 224)
 
 
 def _unified(seed: Seed, experts: int, top_k: int) -> UnifiedModel:

@@ -4,8 +4,9 @@ Everything happens in one forward pass: base projections are computed once for a
 terms are added to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from common.model.lora import Expert, expert_layers
 from common.model.routing import evidence_paths
 from common.model.seed import Seed, share
 
+_GROUPING = 48
+"""Without gradients, N tokens are grouped by what was chosen of K experts where that makes at most K N / _GROUPING groups; else
+all experts' terms are computed and masked. Measured; see docs/performance.md.
+"""
+
 
 @dataclass
 class DecodingCache:
@@ -35,6 +41,57 @@ class DecodingCache:
     contexts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Tokens by the experts that were chosen for them.
+
+    Attributes:
+        order: int64 [N], tokens so that those with the same experts follow each other.
+        back: int64 [N], its inverse.
+        weights: [N, k], in that order.
+        experts: of each group, the chosen experts [k].
+        starts: where each group begins, and N.
+    """
+
+    order: Tensor
+    back: Tensor
+    weights: Tensor
+    experts: list[list[int]]
+    starts: list[int]
+
+    def slices(self, slot: int) -> Iterator[tuple[int, slice]]:
+        """Each group's expert in one of its k slots, and its tokens."""
+        return ((e[slot], slice(*ends)) for e, ends in zip(self.experts, pairwise(self.starts), strict=True))
+
+
+@dataclass
+class Route:
+    """The experts chosen for each token, int64 [B, T, k], and their weights [B, T, k]; [B, 1, k] where a sample's tokens share
+    them.
+    """
+
+    chosen: Tensor
+    weights: Tensor
+    _groups: Groups | None = None
+
+    def groups(self, length: int) -> Groups:
+        """The tokens of sequences of this length, grouped; found once for all layers that follow a decision."""
+        if self._groups is None:
+            shape = (self.chosen.shape[0], length, self.chosen.shape[2])
+            chosen, weights = (tensor.expand(shape).flatten(0, 1) for tensor in (self.chosen, self.weights))
+            experts, group, sizes = torch.unique(chosen, dim=0, return_inverse=True, return_counts=True)
+            order = group.argsort(stable=True)
+            starts = [0, *sizes.cumsum(0).tolist()]
+            self._groups = Groups(order, order.argsort(), weights[order], experts.tolist(), starts)
+        return self._groups
+
+
+def route_of(decision: Tensor, top_k: int, renormalise: bool) -> Route:
+    """The route of a decision log pi [B, T, K]."""
+    weights, chosen = decision.exp().topk(top_k, dim=-1)
+    return Route(chosen, weights / weights.sum(dim=-1, keepdim=True) if renormalise else weights)
+
+
 @dataclass
 class RoutingState:
     """What the layers of one forward pass share.
@@ -45,6 +102,7 @@ class RoutingState:
         held: whether a decision holds for what comes after the prompt, whatever that is: for text that is decided once.
         below: the FFN inputs of the layers below those with experts, as far as a router looks at them.
         decisions: every decision so far, log pi [B, T, K], or [B, 1, K] where all tokens of a sample share it.
+        route: what follows from the last of them.
         cache: of a generation.
     """
 
@@ -53,6 +111,7 @@ class RoutingState:
     held: bool = False
     below: list[Tensor] = field(default_factory=list)
     decisions: list[Tensor] = field(default_factory=list)
+    route: Route = field(default_factory=lambda: Route(torch.empty(0), torch.empty(0)))
     cache: DecodingCache | None = None
 
     def decide(self, router: "Router", z: Tensor) -> None:
@@ -168,30 +227,75 @@ class MoELayer(nn.Module):
         """z [B, T, d] -> [B, T, d]."""
         if self.router is not None:
             self.state.decide(self.router, torch.cat([*self.state.below, z], dim=-1))
-        probabilities = self.state.decisions[-1].exp()
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)
-        if self.renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            self.state.route = route_of(self.state.decisions[-1], self.top_k, self.renormalise)
+        route = self.state.route
+        if z.requires_grad or route.weights.requires_grad or self.a[self.form.down].requires_grad:
+            return self._masked(z, route)
+        groups = route.groups(z.shape[1])
+        few = len(groups.experts) * _GROUPING <= self.count * len(groups.order)
+        return self._grouped(z, groups) if few else self._masked(z, route)
+
+    def _masked(self, z: Tensor, route: Route) -> Tensor:
+        """All experts' A at once, the results of those not chosen masked, then all their B at once."""
         # Without the seed's column: it has no matrices, so where it is chosen nothing is added.
-        gates = nn.functional.one_hot(chosen, probabilities.shape[-1])[..., : self.count].to(z.dtype)
-
+        gates = nn.functional.one_hot(route.chosen, self.count + 1)[..., : self.count, None].to(z.dtype)
         ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
-        down = getattr(self.base, self.form.down)
-        hidden, delta = torch.zeros_like(ups[self.form.ups[0]]), torch.zeros_like(z)
+        low = {name: self._all_a(z, name) for name in ups}
+        hidden, low_down = [], []
         for slot in range(self.top_k):
-            gate, weight = gates[..., slot, :], weights[..., slot, None]
-            own = [up + self._low_rank(z, name, gate) for name, up in ups.items()]
-            one = weight * self.form.hidden(self.base, own)
-            hidden = hidden + one
-            delta = delta + self._low_rank(one, self.form.down, gate)
-        out = nn.functional.linear(hidden, down.weight) + delta
-        return out if down.bias is None else out + weights.sum(dim=-1, keepdim=True) * down.bias
+            gate, weight = gates[..., slot, :, :], route.weights[..., slot, None]
+            own = [up + self._all_b(low[name] * gate, name) for name, up in ups.items()]
+            hidden.append(weight * self.form.hidden(self.base, own))
+            low_down.append(self._all_a(hidden[-1], self.form.down) * gate)
+        down = getattr(self.base, self.form.down)
+        out = nn.functional.linear(sum(hidden[1:], hidden[0]), down.weight)
+        out = out + self._all_b(sum(low_down[1:], low_down[0]), self.form.down)
+        return out if down.bias is None else out + route.weights.sum(dim=-1, keepdim=True) * down.bias
 
-    def _low_rank(self, x: Tensor, name: str, gate: Tensor) -> Tensor:
-        """(alpha / r) sum_p gate_p B_p A_p x for x [B, T, in]: all A at once, the others masked, then all B at once."""
-        a, b = self.a[name], self.b[name]
-        low = (x @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) * gate.unsqueeze(-1)
-        return self.scale * (low.flatten(-2) @ b.transpose(1, 2).flatten(0, 1))
+    def _all_a(self, x: Tensor, name: str) -> Tensor:
+        """A_p x of every expert, [B, T, K, r]."""
+        a = self.a[name]
+        return (x @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2])
+
+    def _all_b(self, low: Tensor, name: str) -> Tensor:
+        """(alpha / r) sum_p B_p low_p for low [B, T, K, r]."""
+        return self.scale * (low.flatten(-2) @ self.b[name].transpose(1, 2).flatten(0, 1))
+
+    def _grouped(self, z: Tensor, groups: Groups) -> Tensor:
+        """Tokens in the order of what was chosen for them, so that those with the same experts are one slice, to which the
+        experts' terms are added in place.
+        """
+        tokens = z.flatten(0, 1)[groups.order]
+        ups = {name: getattr(self.base, name)(tokens) for name in self.form.ups}
+        down = getattr(self.base, self.form.down)
+        total, added = torch.zeros(()), list[tuple[slice, int, Tensor]]()
+        for slot in range(self.top_k):
+            own = ups if slot == self.top_k - 1 else {name: up.clone() for name, up in ups.items()}
+            for name, up in own.items():
+                for expert, rows in groups.slices(slot):
+                    if expert < self.count:
+                        self._add(up[rows], tokens[rows] @ self.a[name][expert].T, name, expert)
+            hidden = self.form.hidden(self.base, list(own.values()))
+            if self.top_k > 1:
+                hidden.mul_(groups.weights[:, slot, None])
+            added += [
+                (rows, expert, hidden[rows] @ self.a[self.form.down][expert].T)
+                for expert, rows in groups.slices(slot)
+                if expert < self.count
+            ]
+            total = total.add_(hidden) if slot else hidden
+        out = nn.functional.linear(total, down.weight)
+        for rows, expert, low in added:
+            self._add(out[rows], low, self.form.down, expert)
+        if self.top_k == 1:
+            out = (out if down.bias is None else out.add_(down.bias)).mul_(groups.weights)
+        elif down.bias is not None:
+            out.add_(groups.weights.sum(dim=-1, keepdim=True) * down.bias)
+        return out[groups.back].view_as(z)
+
+    def _add(self, out: Tensor, low: Tensor, name: str, expert: int) -> None:
+        """Add (alpha / r) B low to out, in place."""
+        out.addmm_(low, self.b[name][expert].T, alpha=self.scale)
 
 
 class ObservedFFN(nn.Module):

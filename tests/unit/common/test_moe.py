@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from common.config import Settings, validated
+from common.model import moe
 from common.model.inputs import embed, masked_mean
 from common.model.lora import save_adapter, with_lora
 from common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
@@ -58,6 +60,47 @@ def test_equal_experts_equal_that_expert(seed: Seed, settings: Settings, top_k: 
     with torch.inference_mode():
         expected = embed(with_lora(seed, settings.lora, random_expert(seed, settings, 0)), pixels)
         torch.testing.assert_close(model(pixels)[0], expected, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "renormalise"), [(1, False), (1, True), (2, True), (3, False)])
+@pytest.mark.parametrize("decide", ["once", "per-layer"])
+@pytest.mark.parametrize("context", [0.4, 1.0])
+@pytest.mark.parametrize("rows", [3, 4])
+def test_tokens_grouped_by_expert_give_what_masking_gives(
+    seed: Seed,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+    renormalise: bool,
+    decide: str,
+    context: float,
+    rows: int,
+) -> None:
+    """Also where a sample's tokens share a decision, and where the last row is the seed's, who has no matrices."""
+    changes = {"top_k": top_k, "renormalise": renormalise, "decide": decide, "context": context, "learn_context": False}
+    settings = variant(settings, **{f"router__{name}": value for name, value in changes.items()})
+    deciding = 1 if decide == "once" else 2
+    routers = [RouterWeights(random_features(rows, seed.width, i) * 2, np.zeros(rows), context) for i in range(deciding)]
+    experts = [random_expert(seed, settings, k) for k in range(3)]
+    model = UnifiedModel(seed, experts, settings.lora, settings.router, routers).eval().requires_grad_(False)
+    outputs, grouped = [], []
+    monkeypatch.setattr(moe.MoELayer, "_grouped", spied(moe.MoELayer._grouped, grouped))
+    for grouping in (0, 10**9):
+        monkeypatch.setattr(moe, "_GROUPING", grouping)
+
+        outputs.append(model(random_pixels(6))[0])
+    assert len(grouped) == len(model.layers)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    chosen = model.layers[-1].state.route.chosen
+    assert len(chosen.unique()) > 1
+
+
+def spied(function: Callable[..., Tensor], calls: list[object]) -> Callable[..., Tensor]:
+    def wrapped(layer: object, z: Tensor, groups: object) -> Tensor:
+        calls.append(groups)
+        return function(layer, z, groups)
+
+    return wrapped
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
