@@ -16,7 +16,7 @@ from client.private import private_samples
 from client.profile import profile
 from client.site import Site
 from common.audit.policy import check_private_samples
-from common.compute import threads
+from common.compute import device_of, precision_of, threads
 from common.config import Settings
 from common.data.datasets import known_classes, label_space, load_public, public_fingerprint
 from common.data.tasks import class_names
@@ -47,10 +47,11 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
     settings = request.settings
     if site.client >= settings.clients:
         raise InvalidSettingError(f"this is client {site.client}, but the run has clients = {settings.clients}")
-    seed = load_seed(settings.seed_model)
+    seed, device = load_seed(settings.seed_model), device_of(settings.compute.client_device)
     _check_common_ground(request, seed)
     folder = site.state / settings.client_names[site.client]
-    with threads(settings.compute.client_threads):
+    seed.model.to(device)
+    with threads(settings.compute.client_threads), precision_of(settings.compute.precision, device):
         match kind:
             case "profile":
                 return _profile(seed, settings, site)

@@ -24,7 +24,7 @@ def store_and_evaluate(
     ``state/accuracy.json``.
     """
     manifest = save_model(state / "model", seed, settings, names, classes, weights)
-    model = load_model(state / "model").model
+    model = load_model(state / "model", settings.compute.client_device).model
     percent = accuracy(model.scores, samples_of(seed, settings.data, [test], class_names(test)))
     write_json(state / "accuracy.json", {"model": manifest.model_hash, "accuracy": percent})
     return percent

@@ -3,16 +3,17 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from common.compute import derived_seed
-from common.config import Settings
+from common.compute import derived_seed, optimizer_of
+from common.config import ExpertTraining, Settings
 from common.data.datasets import fingerprint
-from common.data.tasks import input_batches, samples_of
+from common.data.tasks import in_parts, input_batches, samples_of
 from common.model.inputs import encode
 from common.model.lora import Expert, expert_of, rounded, with_lora
 from common.model.routing import all_evidence_paths, routing_vectors
@@ -60,16 +61,15 @@ def train_expert(
         torch.manual_seed(generator.initial_seed())
         model = with_lora(seed, settings.lora, start)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = optimizer_of(training.optimizer, [{"params": parameters, "lr": training.learning_rate}], training.weight_decay)
     steps = -(-count // training.batch_size) * training.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, training.warmup_steps, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, training, steps))
     for epoch in range(training.epochs):
         progress(epoch, training.epochs)
         for rows in torch.randperm(count, generator=generator).split(training.batch_size):
-            batch = own.taught(rows)
-            loss = batch.loss(model, encode(model, batch.inputs))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
+                (share * batch.loss(model, encode(model, batch.inputs))).backward()
             optimizer.step()
             schedule.step()
     progress(training.epochs, training.epochs)
@@ -84,6 +84,7 @@ def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Da
         seed.fingerprint,
         settings.lora.model_dump(),
         settings.expert_training.model_dump(),
+        (settings.compute.precision, settings.compute.micro_batch_size),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,
         # What is kept of a text; images have no tokens.
@@ -108,8 +109,10 @@ def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, sampl
     return routing_vectors(model, paths, inputs).astype(np.float32)
 
 
-def _rate(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to zero at the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+def _rate(training: ExpertTraining, steps: int, step: int) -> float:
+    """Linear warm-up; then constant, or linear decay to zero at the last step."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return 1.0
+    return max(0.0, (steps - step) / max(1, steps - training.warmup_steps))

@@ -1,11 +1,14 @@
-"""Threads and randomness: what makes the same settings give the same bits."""
+"""Threads, devices and randomness."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
+
+from common.errors import InvalidSettingError
 
 
 @contextmanager
@@ -18,6 +21,41 @@ def threads(count: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a setting names.
+
+    Raises:
+        InvalidSettingError: there is none such here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidSettingError(
+            f"{name!r} is not here: torch sees {torch.cuda.device_count()} GPUs; set compute.client-device or server-device to "
+            "auto or cpu"
+        )
+    return device
+
+
+def precision_of(name: str, device: torch.device) -> AbstractContextManager[None]:
+    """While open, matrix products on this device have this precision."""
+    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """While open, nothing on this device is computed in less than the precision of its inputs."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def optimizer_of(name: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer that a setting names, over groups of parameters with their learning rates."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
 def derived_seed(seed: int, *purpose: int) -> int:

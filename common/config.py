@@ -16,6 +16,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Optimizer = Annotated[Literal["adamw", "sgd"], Field(description="sgd: with momentum 0.9")]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one, or else the CPU")
+]
 
 
 class Section(BaseModel):
@@ -108,7 +112,7 @@ class Lora(Section):
 
 
 class ExpertTraining(Section):
-    """Stage 2: AdamW on the private samples together with the proxies."""
+    """Stage 2: on the private samples together with the proxies."""
 
     samples: Literal["aligned", "private", "proxies"] = Field(
         "aligned", description="aligned: private samples and proxies together; private, proxies: one of them alone"
@@ -118,6 +122,8 @@ class ExpertTraining(Section):
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 0.0
     warmup_steps: int = Field(0, ge=0)
+    optimizer: Optimizer = "adamw"
+    schedule: Literal["linear", "constant"] = Field("linear", description="after warm-up: falling to zero, or constant")
 
 
 class Experts(Section):
@@ -171,7 +177,7 @@ class Router(Section):
 
 
 class RouterTraining(Section):
-    """Stage 3: AdamW on the union of the proxies; with a seed expert, also on as many random public samples as one client has
+    """Stage 3: on the union of the proxies; with a seed expert, also on as many random public samples as one client has
     proxies.
     """
 
@@ -185,6 +191,7 @@ class RouterTraining(Section):
     batch_size: Count = 64
     learning_rate: Positive = 1e-4
     context_learning_rate: Positive = 1e-3
+    optimizer: Optimizer = "adamw"
     train_router: bool = True
     train_experts: bool = Field(False, description="train the experts too; frozen ones can be taken out of the model again")
 
@@ -230,6 +237,14 @@ class Compute(Section):
 
     client_threads: Count = 1
     server_threads: Count = 2
+    client_device: Device = "auto"
+    server_device: Device = "auto"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: matrix products in it (autocast), for GPUs; weights, router and sums stay float32"
+    )
+    micro_batch_size: int = Field(
+        0, ge=0, description="samples of a training batch that are computed at a time, gradients added up; 0 is the whole batch"
+    )
     parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
     connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")

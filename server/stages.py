@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.audit.keys import audit_key
 from common.audit.ledger import Ledger
-from common.compute import threads
+from common.compute import device_of, precision_of, threads
 from common.config import Settings
 from common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
 from common.data.tasks import check_seed
@@ -45,10 +45,12 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
     events, names = EventLog(out / "events.jsonl"), settings.client_names
     timings: dict[str, Timing] = {}
     check_domains(settings.data)
-    with threads(settings.compute.server_threads):
+    device = device_of(settings.compute.server_device)
+    with threads(settings.compute.server_threads), precision_of(settings.compute.precision, device):
         with _timed(timings, "prepare"):
             seed, public = load_seed(settings.seed_model), load_public(settings.data)
             check_seed(seed, settings.data)
+            seed.model.to(device)
             public_hash = public_fingerprint(settings.data)
             ledger = Ledger(out / "server" / "audit", audit_key(audit_keys) if audit_keys else None)
             exchange = Exchange(settings, seed, public_hash, nodes, ask, events, ledger)

@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.compute import derived_seed
+from common.compute import derived_seed, optimizer_of
 from common.config import Settings
 from common.data.datasets import label_space
-from common.data.tasks import class_names, input_batches, samples_of
+from common.data.tasks import class_names, in_parts, input_batches, samples_of
 from common.fisher import shrunk_covariance
 from common.model.artifact import UnifiedWeights
 from common.model.inputs import Tokens
@@ -141,21 +141,23 @@ def train_router(
         {"params": contexts, "lr": training.context_learning_rate},
         {"params": [p for p in others if p.requires_grad], "lr": training.learning_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = optimizer_of(training.optimizer, groups, 0.0)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
     for epoch in range(training.epochs):
         progress(epoch, training.epochs)
         for rows in torch.randperm(len(owners), generator=generator).split(training.batch_size):
-            batch = own.taught(rows)
-            encoded, decisions = model(batch.inputs)
-            losses = []
-            if training.supervision in ("task", "both"):
-                losses.append(batch.loss(model.backbone, encoded))
-            if training.supervision in ("provenance", "both"):
-                mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else None
-                losses.append(torch.stack([provenance_loss(decision, owners[rows], mask) for decision in decisions]).mean())
             optimizer.zero_grad(set_to_none=True)
-            torch.stack(losses).sum().backward()
+            for batch, part, share in in_parts(own, rows, settings.compute.micro_batch_size):
+                encoded, decisions = model(batch.inputs)
+                losses = []
+                if training.supervision in ("task", "both"):
+                    losses.append(share * batch.loss(model.backbone, encoded))
+                if training.supervision in ("provenance", "both"):
+                    clients = owners[part].to(encoded.device)
+                    mask = batch.inputs.prompt.to(encoded.device) if isinstance(batch.inputs, Tokens) else None
+                    found = torch.stack([provenance_loss(decision, clients, mask) for decision in decisions]).mean()
+                    losses.append(len(part) / len(rows) * found)
+                torch.stack(losses).sum().backward()
             optimizer.step()
             for router in model.routers:
                 router.clamp_context()

@@ -253,7 +253,7 @@ def _build(method: Method, settings: Settings) -> Model:
         case "pooled":
             return _pooled(seed, settings, folder, experts, down, everywhere)
         case _:
-            unified = load_model(folder / "model").model
+            unified = load_model(folder / "model", settings.compute.server_device).model
             sent = {client["name"]: client["artifacts"] for client in clients}
             return Model(dict.fromkeys(everywhere, unified.scores), up, down, summary["cpu_seconds"]["unify"], unified, sent)
 

@@ -54,9 +54,9 @@ def accuracy_and_routing(model: UnifiedModel, samples: Samples) -> tuple[float, 
     for rows in torch.arange(len(samples.answers)).split(samples.at_once):
         batch = samples.asked(rows)
         encoded, decisions = model(batch.inputs)
-        right += int(batch.scores(model.backbone, encoded).argmax(1).eq(samples.answers[rows]).sum())
+        right += int(batch.scores(model.backbone, encoded).argmax(1).cpu().eq(samples.answers[rows]).sum())
         mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else torch.ones(decisions[0].shape[:2], dtype=torch.bool)
-        best = (decision.argmax(-1).expand(mask.shape)[mask] for decision in decisions)
+        best = (decision.argmax(-1).cpu().expand(mask.shape)[mask] for decision in decisions)
         counts = counts + torch.stack([torch.bincount(one, minlength=decisions[0].shape[-1]) for one in best])
     shares = counts / counts.sum(dim=1, keepdim=True)
     return 100.0 * right / len(samples.answers), [[round(share, 4) for share in row] for row in shares.tolist()]

@@ -42,7 +42,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     """
     seed = load_seed(settings.seed_model)
     summary = json.loads((out / "server" / "summary.json").read_text())
-    loaded = load_model(out / "model")
+    loaded = load_model(out / "model", settings.compute.server_device)
     unified = loaded.model
     methods: dict[str, Scores] = {ZERO_SHOT: dense(seed.model)}
     for name in loaded.manifest.experts:

@@ -25,6 +25,11 @@ class Batch(Protocol):
     @property
     def inputs(self) -> Inputs: ...
 
+    @property
+    def count(self) -> int:
+        """How many losses their mean is over."""
+        ...
+
     def loss(self, model: Any, encoded: Tensor) -> Tensor:
         """The task's loss, a scalar."""
         ...
@@ -69,9 +74,13 @@ class ImageBatch:
     labels: Tensor
     texts: Tensor
 
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
     def loss(self, model: Any, encoded: Tensor) -> Tensor:
         """Cross-entropy of scaled cosine similarities."""
-        return F.cross_entropy(self.scores(model, encoded), self.labels)
+        return F.cross_entropy(self.scores(model, encoded), self.labels.to(encoded.device))
 
     def scores(self, model: Any, encoded: Tensor) -> Tensor:
         return class_logits(model, encoded, self.texts)
@@ -99,22 +108,27 @@ class TextBatch:
     inputs: Tokens
     targets: Targets
 
+    @property
+    def count(self) -> int:
+        return len(self.targets.token)
+
     def loss(self, model: Any, encoded: Tensor) -> Tensor:
         """Next-token loss, the mean over all tokens that are to be predicted."""
-        return F.cross_entropy(self._logits(model, encoded), self.targets.token)
+        return F.cross_entropy(self._logits(model, encoded), self.targets.token.to(encoded.device))
 
     def scores(self, model: Any, encoded: Tensor) -> Tensor:
         """Log-likelihood of each choice divided by its number of tokens; of one that a question has not, minus infinity."""
-        logits, targets = self._logits(model, encoded), self.targets
-        likelihoods = logits.log_softmax(-1).gather(1, targets.token[:, None]).squeeze(1)
-        width = int(targets.choice.max()) + 1
-        place = targets.sample * width + targets.choice
-        sums = torch.zeros(len(encoded) * width).index_add(0, place, likelihoods)
-        counts = torch.bincount(place, minlength=len(sums))
+        likelihoods = self._logits(model, encoded).log_softmax(-1).gather(1, self.targets.token.to(encoded.device)[:, None])
+        # Where each token's likelihood belongs is known here, whatever the device: nobody has to wait for it.
+        width = int(self.targets.choice.max()) + 1
+        place = self.targets.sample * width + self.targets.choice
+        counts = torch.bincount(place, minlength=len(encoded) * width).to(encoded.device)
+        sums = likelihoods.new_zeros(len(counts)).index_add(0, place.to(encoded.device), likelihoods.squeeze(1))
         return torch.where(counts > 0, sums / counts, -torch.inf).reshape(-1, width)
 
     def _logits(self, model: Any, encoded: Tensor) -> Tensor:
-        return model.lm_head(encoded[self.targets.sample, self.targets.position]).float()
+        targets = self.targets.to(encoded.device)
+        return model.lm_head(encoded[targets.sample, targets.position]).float()
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,15 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence[Dataset], space
         )
     questions = [question for part in datasets for question in tokenised(seed.tokenizer, data, part)]
     return TextSamples(questions, seed.tokenizer.eos_token_id)
+
+
+def in_parts(samples: Samples, rows: Tensor, size: int) -> list[tuple[Batch, Tensor, float]]:
+    """A training batch in parts of at most ``size`` samples (0: as a whole), each with its rows and its share of the loss: the
+    parts' gradients, weighted so, add up to the batch's.
+    """
+    parts = [(samples.taught(some), some) for some in rows.split(size or len(rows))]
+    total = sum(batch.count for batch, _ in parts)
+    return [(batch, some, batch.count / total) for batch, some in parts]
 
 
 def check_seed(seed: Seed, data: config.Data) -> None:
@@ -218,6 +241,7 @@ def text_features(seed: Seed, names: Sequence[str], prompt: str) -> Tensor:
     for start in range(0, len(names), _BATCH):
         texts = [prompt.replace("{}", name) for name in names[start : start + _BATCH]]
         tokens = seed.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        tokens = tokens.to(seed.model.device)
         features.append(
             seed.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
         )
@@ -227,14 +251,14 @@ def text_features(seed: Seed, names: Sequence[str], prompt: str) -> Tensor:
 def class_logits(model: Any, pooled: Tensor, texts: Tensor) -> Tensor:
     """CLIP's scaled cosine similarities of pooled image features [B, d] and unit text features [C, p]. float32 [B, C]."""
     images = F.normalize(model.visual_projection(pooled), dim=1)
-    return model.logit_scale.exp() * images @ texts.T
+    return model.logit_scale.exp() * images @ texts.to(images.device).T
 
 
 @torch.inference_mode()
 def predictions(scores: Scores, samples: Samples) -> Tensor:
     """Best class or choice of every sample. int64 [N]."""
     rows = torch.arange(len(samples.answers)).split(samples.at_once)
-    return torch.cat([scores(samples.asked(some)).argmax(1) for some in rows])
+    return torch.cat([scores(samples.asked(some)).argmax(1).cpu() for some in rows])
 
 
 def accuracy(scores: Scores, samples: Samples) -> float:

@@ -35,6 +35,9 @@ class Targets:
     position: Tensor
     token: Tensor
 
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(*(tensor.to(device) for tensor in (self.sample, self.choice, self.position, self.token)))
+
 
 def tokenised(tokenizer: Any, data: config.Data, dataset: Dataset) -> list[Question]:
     """A data set's questions; of a prompt that is too long the end is kept, of an answer the beginning."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from common import config
+from common.compute import device_of
 from common.errors import ModelFileError, SeedMismatchError, first_problem
 from common.files import replaced_folder, write_json
 from common.model.lora import Expert, load_adapter, save_adapter
@@ -136,8 +137,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelFileError(f"{folder / _MANIFEST}: {first_problem(error)}") from error
 
 
-def load_model(folder: Path) -> Loaded:
+def load_model(folder: Path, device: str = "auto") -> Loaded:
     """Load a unified model, after checking every file's hash and the seed's.
+
+    Args:
+        folder: where it is.
+        device: where it computes, as in the settings.
 
     Raises:
         ModelFileError: a file is missing, added or changed.
@@ -153,6 +158,7 @@ def load_model(folder: Path) -> Loaded:
     seed = load_seed(manifest.seed_model)
     if seed.fingerprint != manifest.seed_fingerprint:
         raise SeedMismatchError(f"{folder} was made from another seed than {manifest.seed_model!r} is here")
+    seed.model.to(device_of(device))
     experts = [load_adapter(folder / "experts" / name) for name in manifest.experts]
     routers = routers_from(load_file(folder / _ROUTER))
     model = UnifiedModel(seed, experts, manifest.lora, manifest.router, routers).eval().requires_grad_(False)

@@ -25,6 +25,9 @@ class Tokens:
     visible: Tensor
     prompt: Tensor
 
+    def to(self, device: torch.device | str) -> "Tokens":
+        return Tokens(*(tensor.to(device) for tensor in (self.ids, self.positions, self.visible, self.prompt)))
+
 
 Inputs = Tensor | Tokens
 """Pixel values, float32 [B, 3, H, W], or text."""
@@ -52,6 +55,7 @@ def encode(model: Any, inputs: Inputs, past: DynamicCache | None = None) -> Tens
         inputs: what to encode.
         past: keys and values of earlier calls, to which these are added; for text.
     """
+    inputs = inputs.to(model.device)
     if isinstance(inputs, Tensor):
         return model.vision_model(pixel_values=inputs).pooler_output
     lowest = torch.finfo(model.dtype).min
@@ -69,6 +73,7 @@ def embed(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """M0's embedding z: the vision tower's pooled output, or the mean over the prompt's tokens of a decoder's last hidden
     state. [B, d].
     """
+    inputs = inputs.to(model.device)
     return pooled(encode(model, inputs), inputs)
 
 

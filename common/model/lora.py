@@ -66,7 +66,7 @@ def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> PreTraine
 def expert_of(model: PreTrainedModel) -> Expert:
     """The adapter of a model made by :func:`with_lora`, detached and copied."""
     return {
-        name: tensor.detach().clone()
+        name: tensor.detach().cpu().clone()
         for name, tensor in sorted(get_peft_model_state_dict(model, save_embedding_layers=False).items())
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from common import config
+from common.compute import full_precision
 from common.data.tasks import Batch
 from common.errors import ModelStructureError
 from common.model.ffn import form_of
@@ -176,12 +177,15 @@ class Router(nn.Module):
         """
         if context is None:
             context = z.mean(dim=1, keepdim=True)
-        mixed = context if self._context_alone else (1 - self.context) * z + self.context * context
-        return torch.log_softmax(mixed @ self.rows.T + self.biases, dim=-1)
+        # In full precision, whatever the rest has: a decision between near experts hangs on few digits.
+        with full_precision(z.device):
+            z, context = z.float(), context.float()
+            mixed = context if self._context_alone else (1 - self.context) * z + self.context * context
+            return torch.log_softmax(mixed @ self.rows.T + self.biases, dim=-1)
 
     def weights(self) -> RouterWeights:
         """The router as it is now."""
-        rows, biases = (tensor.detach().numpy().copy() for tensor in (self.rows, self.biases))
+        rows, biases = (tensor.detach().cpu().numpy().copy() for tensor in (self.rows, self.biases))
         return RouterWeights(rows, biases, self.context.item())
 
     @torch.no_grad()
@@ -347,6 +351,7 @@ class UnifiedModel(nn.Module):
                 observed = ObservedFFN(self.backbone.get_submodule(path))
                 self.backbone.set_submodule(path, observed)
                 self._observed.append(observed)
+        self.to(seed.model.device)
 
     @property
     def layers(self) -> list[MoELayer]:
@@ -367,6 +372,7 @@ class UnifiedModel(nn.Module):
             mask: bool [B, T], true for an image's tokens that count in the context; None for all.
             cache: of a generation; for text.
         """
+        inputs = inputs.to(self.backbone.device)
         if isinstance(inputs, Tensor):
             state = RoutingState(mask)
         elif self._once:
@@ -387,7 +393,7 @@ class UnifiedModel(nn.Module):
         """The experts' LoRA matrices as they are now, under their names in the adapter files."""
         return [
             {
-                f"{path}.{name}.{matrix}.weight": parameters[name][k].detach().clone()
+                f"{path}.{name}.{matrix}.weight": parameters[name][k].detach().cpu().clone()
                 for path, layer in zip(self.paths, self.layers, strict=True)
                 for matrix, parameters in (("lora_A", layer.a), ("lora_B", layer.b))
                 for name in layer.form.linears

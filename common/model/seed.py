@@ -52,7 +52,7 @@ class Seed:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
         # By name: the files hold much else, such as versions and paths, that may differ between places.
         config = self.model.config
         if is_image_model(self.model):
