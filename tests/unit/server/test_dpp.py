@@ -100,7 +100,11 @@ def plain(features: np.ndarray, relevance: np.ndarray, count: int) -> list[int]:
     return picked
 
 
-@given(st.integers(1, 400), st.integers(2, 40), st.integers(0, 10**6), st.floats(0, 8), st.sampled_from(["f2", "f4", "f8"]))
+# Slopes so small that relevances differ by no more than rounding are left out: there, what ties is a matter of the order of sums.
+slopes = st.just(0.0) | st.floats(1e-6, 8)
+
+
+@given(st.integers(1, 400), st.integers(2, 40), st.integers(0, 10**6), slopes, st.sampled_from(["f2", "f4", "f8"]))
 @settings(max_examples=60, deadline=None)
 def test_looking_lazily_picks_what_looking_at_everything_picks(n: int, d: int, seed: int, slope: float, dtype: str) -> None:
     """With relevance from flat to steep, and every third item there twice."""
