@@ -61,8 +61,8 @@ def _clip() -> tuple[str, Seed, Inputs]:
 
 
 def _unified(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
-    router = {"top-k": top_k, "renormalise": top_k > 1, "context": 1.0, "learn-context": False}
-    settings = validated({"clients": experts, "router": router, "lora": {"first-layer": 1}})
+    router = {"top-k": top_k, "renormalise": top_k > 1, "context": 1.0, "learn-context": False, "seed-expert": False}
+    settings = validated({"clients": experts, "experts": {"max": experts}, "router": router, "lora": {"first-layer": 1}})
     generator = torch.Generator().manual_seed(0)
     made = [
         {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in expert_shapes(seed, settings.lora).items()}

@@ -17,7 +17,7 @@ from common.config import Settings, load_settings, to_toml
 from common.files import write_atomically
 from common.model.lora import expert_layers, expert_shapes
 from common.model.seed import load_seed
-from common.wire import encode_reply, reply_artifacts
+from common.wire import AUDIT_ARTIFACTS, encode_reply, reply_artifacts
 from deploy import flower
 from simulations.flower import run_flower
 
@@ -77,28 +77,30 @@ def more_clients(few: int = 10, many: int = 100) -> dict[str, Row]:
 
 
 def bytes_up() -> dict[str, Row]:
-    """What a client sends in all its replies, as Flower encodes them, beside its LoRA parameters in float16 with the declared
-    vectors, and beside an expert that is whole feed-forward sublayers.
+    """What a client sends in all its replies, those of the audit too, as arrays and as Flower encodes them: beside its LoRA
+    parameters in float16 with the declared vectors, and beside an expert that is whole feed-forward sublayers.
     """
     settings = load_settings("glyphs")
     seed = load_seed(settings.seed_model)
-    sent, vectors = 0, 0
-    for kind in ("profile", "expert", "deliver"):
+    encoded, sent, vectors = 0, 0, 0
+    for kind, audit in AUDIT_ARTIFACTS.items():
         artifacts = reply_artifacts(kind, settings, seed)
-        arrays = {a.name: np.zeros(a.shape, a.dtype) for a in artifacts}
-        record = encode_reply(arrays)
-        sent += recorddict_to_proto(record).ByteSize() if arrays else 0
+        arrays, extra = ({a.name: np.zeros(a.shape, a.dtype) for a in part} for part in (artifacts, audit))
+        encoded += recorddict_to_proto(encode_reply(arrays, extra)).ByteSize()
+        sent += sum(a.bytes for a in (*artifacts, *audit))
         vectors += sum(a.bytes for a in artifacts if ".lora_" not in a.name)
     lora = 2 * sum(int(np.prod(shape)) for shape in expert_shapes(seed, settings.lora).values())
     layers = [seed.model.get_submodule(path) for path in expert_layers(seed, settings.lora)]
     whole = 2 * sum(p.numel() for layer in layers for p in layer.parameters()) + vectors
     return {
-        "bytes up, against LoRA and vectors": {
-            "ours": sent,
+        f"bytes up, {what}, against LoRA and vectors": {
+            "ours": ours,
             "peer": lora + vectors,
-            "ratio": sent / (lora + vectors),
+            "ratio": ours / (lora + vectors),
             "unit": "bytes",
-        },
+        }
+        for what, ours in (("arrays", sent), ("as Flower encodes them", encoded))
+    } | {
         "bytes up, against whole FFN experts": {"ours": sent, "peer": whole, "ratio": sent / whole, "unit": "bytes"},
     }
 

@@ -94,6 +94,9 @@ class Proxies(Section):
 
     count: Count = Field(200, description="proxies for each client (m)")
     pool: Count = Field(2_000, description="candidates: the public samples with the largest relevance (n)")
+    candidates: Literal["pool", "all"] = Field(
+        "pool", description="all: the DPP picks out of the whole public set; the pool is then only what relevance sums to"
+    )
     relevance: Literal["fisher", "classifier"] = Field(
         "fisher",
         description="fisher: from the client's seed routing vector; classifier: trained and sent by the client (the paper's)",

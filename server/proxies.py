@@ -14,6 +14,7 @@ from server.relevance import fisher_discriminants, linear_scores, logistic_link
 
 _STAGE = 1
 _COVARIANCE_SAMPLES = 50_000
+_LEAST = 1e-100
 _SCORES = 2**23
 """Scores in memory at a time."""
 
@@ -78,7 +79,10 @@ def _selected(features: np.ndarray, scores: np.ndarray, proxies: Proxies) -> Sel
     relevance = logistic_link(scores, proxies.pool)
     # A stable sort: among equal scores the lowest row comes first, on every machine.
     pool = np.argsort(-scores, kind="stable")[: proxies.pool]
-    if proxies.selection == "dpp":
+    if proxies.selection == "dpp" and proxies.candidates == "all":
+        # Far from the domain, a sigmoid is zero.
+        ids = greedy_map(features, np.maximum(relevance, _LEAST), proxies.count)
+    elif proxies.selection == "dpp":
         ids = pool[greedy_map(features[pool], relevance[pool], proxies.count)]
     else:
         ids = pool[: proxies.count]

@@ -299,7 +299,7 @@ class MoELayer(nn.Module):
 
     def _add(self, out: Tensor, low: Tensor, name: str, expert: int) -> None:
         """Add (alpha / r) B low to out, in place."""
-        out.addmm_(low, self.b[name][expert].T, alpha=self.scale)
+        torch.addmm(out, low, self.b[name][expert].T, alpha=self.scale, out=out)
 
 
 class ObservedFFN(nn.Module):

@@ -3,12 +3,16 @@ import pytest
 
 from common.config import Settings, validated
 from common.errors import ProxyCountError
+from common.fisher import shrunk_covariance
+from server import proxies
+from server.dpp import greedy_map
 from server.proxies import select_proxies
+from server.relevance import fisher_discriminants, linear_scores, logistic_link
 from tests.conftest import random_features
 
 
-def selecting(**proxies: object) -> Settings:
-    return validated({"proxies": {"count": 8, "pool": 40} | proxies})
+def selecting(**changes: object) -> Settings:
+    return validated({"proxies": {"count": 8, "pool": 40} | changes})
 
 
 FEATURES = random_features(200, 5) + 2
@@ -57,3 +61,25 @@ def test_a_classifiers_log_odds_are_used_as_they_are() -> None:
 def test_a_pool_as_large_as_the_public_set_is_refused() -> None:
     with pytest.raises(ProxyCountError, match="200 samples"):
         select_proxies(FEATURES, PROFILES, selecting(pool=200))
+
+
+def test_candidates_may_be_the_whole_public_set() -> None:
+    selections = select_proxies(FEATURES, PROFILES, selecting(candidates="all", pool=4, count=3))
+    for client, selection in selections.items():
+        public = FEATURES.astype(np.float64)
+        rows, biases = fisher_discriminants(
+            PROFILES[client]["seed-routing-vector"][None], public.mean(0), shrunk_covariance(public)
+        )
+        relevance = logistic_link(linear_scores(public, rows, biases)[0], 4)
+        np.testing.assert_array_equal(selection.ids, greedy_map(public, relevance, 3))
+
+
+def test_how_many_clients_scores_are_in_memory_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = select_proxies(FEATURES, PROFILES, selecting())
+    monkeypatch.setattr(proxies, "_SCORES", 1)
+    done: list[tuple[int, int]] = []
+    one_by_one = select_proxies(FEATURES, PROFILES, selecting(), lambda *counts: done.append(counts))
+    assert done == [(1, 2), (2, 2)]
+    for client, selection in together.items():
+        np.testing.assert_array_equal(one_by_one[client].ids, selection.ids)
+        np.testing.assert_allclose(one_by_one[client].scores, selection.scores, rtol=1e-12)

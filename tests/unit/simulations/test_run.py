@@ -15,7 +15,7 @@ from PIL import Image
 from client.app import respond
 from client.egress import audited
 from client.site import Site
-from common.config import Settings, to_toml, validated
+from common.config import Settings, changed, to_toml, validated
 from common.data.datasets import load_domain
 from common.errors import (
     EmptyPartitionError,
@@ -85,6 +85,24 @@ def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small
     reported = json.loads((tmp_path / "server" / "summary.json").read_text())["reported"]
     assert set(reported) == {"digits-1", "greek", "arrows", "digits-2"}
     assert len(load_model(tmp_path / "model").model.routers) == 2
+
+
+def test_more_clients_than_experts_share_them(small: Settings, tmp_path: Path) -> None:
+    settings = changed(small, ["experts.max=2"])
+    run_local(settings, tmp_path)
+    merged = json.loads((tmp_path / "server" / "summary.json").read_text())["merged"]
+    [(name, clients)] = merged.items()
+    assert len(clients) == 2
+    names = load_model(tmp_path / "model").manifest.experts
+    assert {*names, *clients} == {name, *settings.client_names}
+    # The same model everywhere, with two experts and the seed to choose among.
+    for client in settings.client_names:
+        delivered = load_model(tmp_path / "clients" / client / "model")
+        assert delivered.manifest.experts == names
+        assert delivered.model.routers[0].rows.shape[0] == 3
+    results = write_results(settings, tmp_path, lambda _done, _total: None)
+    assert f"expert:{name}" in results["accuracy"]
+    assert set(results["routing"]["digits"]) == {*names, "seed"}
 
 
 def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Path) -> None:
