@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo smollm2 test test-quick lint bench
+.PHONY: demo smollm2 test test-quick lint bench containers
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -19,6 +19,9 @@ test-quick: .venv/installed  ## the tests that need no Flower run
 
 bench: .venv/installed  ## what things cost, as ratios, in bench.json
 	$(BIN)/python -m benchmarks
+
+containers:  ## images built, and a reduced run through a server and three clients in containers, in runs/containers; ENGINE=podman
+	docker/containers.sh
 
 lint: .venv/installed  ## style, format and types
 	$(BIN)/ruff check .

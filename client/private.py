@@ -23,7 +23,9 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
             raise PrivateDataError(f"the run is for built-in data, but this client has its own in {site.data}")
         return load_private(settings, site.client, split)
     if site.data is None:
-        raise PrivateDataError("the run is for the clients' own data, but data-dir is not in this client's node config")
+        raise PrivateDataError(
+            "the run is for the clients' own data, but this client has no data-dir in its node config, or it is empty"
+        )
     if settings.data.source == "questions":
         return read_question_folder(site.data, split)
     data = read_folder(site.data, split)

@@ -50,10 +50,13 @@ class Site:
 
 
 def site_of(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Site:
-    """The site as node config says it (``partition-id``, ``state-dir``, ``data-dir`` for data of its own, ``policy`` for the
-    owner's policy); in a simulation, which has no ``state-dir``, the folder lies in the run's.
+    """The site as node config says it (``partition-id``, ``state-dir``, ``data-dir`` for data of its own if there is any,
+    ``policy`` for the owner's policy); in a simulation, which has no ``state-dir``, the folder lies in the run's.
     """
     given = {key: Path(str(node_config[key])) for key in ("state-dir", "data-dir", "policy") if node_config.get(key)}
+    # A container has the folder mounted whether there is data in it or not.
+    if "data-dir" in given and given["data-dir"].is_dir() and not any(given["data-dir"].iterdir()):
+        del given["data-dir"]
     simulation = "state-dir" not in given
     state = given.get("state-dir") or Path(str(run_config["out"])) / "clients"
     return Site(int(str(node_config["partition-id"])), state, given.get("data-dir"), given.get("policy"), simulation)

@@ -16,6 +16,9 @@ def certificate_problems(folder: Path, federation: Federation, now: datetime) ->
     authority = server / "ca.crt"
     problems = {server / "server.crt": _problem(server / "server.crt", authority, federation.host, now)}
     for client in clients:
+        # One that is elsewhere has its own.
+        if not (client / "node.key").exists():
+            continue
         own = client / "runtime.crt"
         problems[own] = _problem(own, own, "localhost", now)
         copy = client / "ca.crt"

@@ -8,6 +8,9 @@
                               policy.toml               what may leave the client; its owner's to change
                               runtime.key, runtime.crt  for its own processes among themselves; with a copy of ca.crt
 
+and, empty at first, what is written later: ``runs/``, ``server/flower/``, ``server/cache/``, and each client's ``data/`` and
+``state/``. They are made here because a container engine would make them for root.
+
 Server and each client have a file ``superexec.secret`` besides: what starts an app process proves with it that it may. All
 keys are ECDSA on the curve P-384 but the ledger's, which is Ed25519, and files that must stay secret have the mode 0600.
 """
@@ -28,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.audit.keys import audit_key, public_hex
+from common.audit.keys import audit_key, public_hex, read_public
 from common.audit.policy import DEFAULT, policy_text
 from common.errors import InputFileError, InvalidSettingError, first_problem
 from common.files import write_atomically
@@ -36,6 +39,8 @@ from common.files import write_atomically
 # Clocks of different machines differ a little: a certificate is valid from just before it is made.
 _BACKDATED = timedelta(minutes=5)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SERVICES = ("superlink", "supernode")
+"""The names of the services in docker/compose*.yaml; in compose.yaml each client's has its number behind it."""
 
 
 class Federation(BaseModel):
@@ -75,7 +80,7 @@ def make_keys(folder: Path, federation: Federation, days: int, now: datetime) ->
 
     Args:
         folder: new or empty.
-        federation: its server's certificate is for its host and for the loopback.
+        federation: its server's certificate is for its host, for the loopback, and for the name of its container.
         days: how long the certificates are valid.
         now: from when on, with a time zone.
 
@@ -83,9 +88,8 @@ def make_keys(folder: Path, federation: Federation, days: int, now: datetime) ->
         InvalidSettingError: the host is neither a name nor an address.
         InputFileError: the folder is not empty or cannot be written.
     """
-    names = [_general_name(host) for host in dict.fromkeys([federation.host, *_LOOPBACK])]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputFileError(f"{folder} is not an empty folder; keys are never overwritten, so give another one")
+    names = [_general_name(host) for host in dict.fromkeys([federation.host, *_LOOPBACK, _SERVICES[0]])]
+    _check_empty(folder)
     try:
         authority, issuer = _certificate("MetaMoE-FL federation", [], days, now)
         root = _pem(issuer)
@@ -97,25 +101,60 @@ def make_keys(folder: Path, federation: Federation, days: int, now: datetime) ->
         _write(folder / "server" / "ca.crt", root, secret=False)
         _write_secret(folder / "server")
         server = public_hex(audit_key(folder / "server"))
-        for name in federation.names:
-            _make_client(folder / "clients" / name, root, days, now)
-            policy = policy_text(DEFAULT.model_copy(update={"server": server}))
-            _write(folder / "clients" / name / "policy.toml", policy.encode(), secret=False)
+        for number, name in enumerate(federation.names):
+            _make_client(folder / "clients" / name, root, server, [*_SERVICES[1:], f"{_SERVICES[1]}-{number}"], days, now)
+        for written in ("runs", "server/flower", "server/cache"):
+            (folder / written).mkdir(mode=0o700)
         write_atomically(folder / "federation.toml", tomli_w.dumps(federation.model_dump()))
     except OSError as error:
         raise InputFileError(f"keys cannot be written to {folder}: {error}") from error
 
 
-def _make_client(folder: Path, root: bytes, days: int, now: datetime) -> None:
+def make_client_keys(folder: Path, authority: Path, server: Path, days: int, now: datetime) -> None:
+    """Make the folder of one client, as :func:`make_keys` does for all, where its owner trusts nobody else with its keys.
+
+    Args:
+        folder: new or empty.
+        authority: the operator's ca.crt.
+        server: the public key of the server's ledger, audit.pub, to which the client's policy is bound.
+        days: how long its certificate is valid.
+        now: from when on, with a time zone.
+
+    Raises:
+        InputFileError: the folder is not empty or cannot be written, or a file of the operator's is not what it should be.
+    """
+    _check_empty(folder)
+    try:
+        root = authority.read_bytes()
+        x509.load_pem_x509_certificate(root)
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{authority} is no certificate: {error}") from error
+    key = read_public(server)
+    try:
+        _make_client(folder, root, key, _SERVICES[1:], days, now)
+    except OSError as error:
+        raise InputFileError(f"keys cannot be written to {folder}: {error}") from error
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputFileError(f"{folder} is not an empty folder; keys are never overwritten, so give another one")
+
+
+def _make_client(folder: Path, root: bytes, server: str, services: Sequence[str], days: int, now: datetime) -> None:
     node = ec.generate_private_key(ec.SECP384R1())
     _write(folder / "node.key", _private(node, serialization.PrivateFormat.OpenSSH))
     public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(folder / "node.pub", public + b"\n", secret=False)
-    key, certificate = _certificate("MetaMoE-FL client", [_general_name(host) for host in _LOOPBACK], days, now)
+    names = [_general_name(host) for host in (*_LOOPBACK, *services)]
+    key, certificate = _certificate("MetaMoE-FL client", names, days, now)
     _write(folder / "runtime.key", _private(key))
     _write(folder / "runtime.crt", _pem(certificate), secret=False)
     _write(folder / "ca.crt", root, secret=False)
     _write_secret(folder)
+    _write(folder / "policy.toml", policy_text(DEFAULT.model_copy(update={"server": server})).encode(), secret=False)
+    for written in ("data", "state"):
+        (folder / written).mkdir(mode=0o700)
 
 
 def _certificate(

@@ -7,17 +7,17 @@ A client that has data of its own has it in ``data/`` there.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.config import Settings
-from common.errors import InputFileError, InvalidSettingError, RunFailedError, first_problem
-from common.files import write_atomically
+from common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError, first_problem
+from common.files import write_atomically, write_json
 from deploy import flower
 from deploy.certificates import certificate_problems
 from deploy.keys import Federation, read_federation
@@ -25,6 +25,7 @@ from deploy.keys import Federation, read_federation
 CONNECTION = "federation"
 _ONLINE_SECONDS = 90
 _SERVER = "server"
+_NODES = "nodes.json"
 _KEY_IN_USE = "Public key already in use"
 
 
@@ -46,12 +47,11 @@ class Started(BaseModel):
 
 
 class Running(BaseModel):
-    """What was started, by party (``server`` or ``client-N``), and the ids under which nodes were registered."""
+    """What was started, by party (``server`` or ``client-N``)."""
 
     model_config = ConfigDict(extra="forbid")
 
     processes: dict[str, list[Started]] = {}
-    nodes: dict[str, str] = {}
 
     def alive(self, party: str) -> bool:
         """Whether both of a party's processes run: the link, and what starts its apps."""
@@ -87,16 +87,14 @@ def up(folder: Path, progress: Callable[[str], None]) -> None:
         progress("starting the server")
         _end(running, _SERVER)
         _start_server(folder, federation, running)
+    register_clients(folder, progress)
     for number, name in enumerate(federation.names):
-        if name not in running.nodes:
-            progress(f"registering {name}")
-            running.nodes[name] = register(folder, folder / "clients" / name / "node.pub")
-            _save(folder, running)
-        if not running.alive(name):
+        # Without its key it is a client from elsewhere.
+        if (folder / "clients" / name / "node.key").exists() and not running.alive(name):
             progress(f"starting {name}")
             _end(running, name)
             _start_client(folder, federation, running, number)
-    _wait_online(folder, running, progress)
+    _wait_online(folder, list(running.processes), progress)
 
 
 def down(folder: Path) -> list[str]:
@@ -113,14 +111,11 @@ def down(folder: Path) -> list[str]:
 def status(folder: Path) -> list[Party]:
     """What runs, and which nodes the server sees."""
     federation, running = read_federation(folder), _running(folder)
-    serving = running.alive(_SERVER)
-    online = _online(folder) if serving else set()
+    serving, nodes = running.alive(_SERVER), registered(folder)
+    online = online_nodes(folder) if serving else set()
     return [
         Party(_SERVER, serving, "", serving),
-        *(
-            Party(name, running.alive(name), running.nodes.get(name, ""), running.nodes.get(name) in online)
-            for name in federation.names
-        ),
+        *(Party(name, running.alive(name), nodes.get(name, ""), nodes.get(name) in online) for name in federation.names),
     ]
 
 
@@ -131,12 +126,44 @@ def register(folder: Path, public_key: Path) -> str:
         RunFailedError: the server does not answer, or refuses the key.
     """
     try:
-        answer = flower.flwr(_home(folder), "supernode", "register", str(public_key.absolute()), CONNECTION)
+        answer = flower.flwr(_connected(folder), "supernode", "register", str(public_key.absolute()), CONNECTION)
     except RunFailedError as error:
         if _KEY_IN_USE in str(error):
             raise RunFailedError(f"the key {public_key} is registered already; one key is one node") from error
         raise
     return str(answer["node-id"])
+
+
+def register_clients(folder: Path, progress: Callable[[str], None]) -> list[str]:
+    """Let every client whose public key lies in the folder into the federation; the names of those that were not in it.
+
+    Raises:
+        RunFailedError: as :func:`register`.
+    """
+    nodes, new = registered(folder), []
+    for name in read_federation(folder).names:
+        if name not in nodes and (public := folder / "clients" / name / "node.pub").exists():
+            progress(f"registering {name}")
+            nodes[name] = register(folder, public)
+            write_json(_home(folder) / _NODES, nodes)
+            new.append(name)
+    return new
+
+
+def registered(folder: Path) -> dict[str, str]:
+    """The ids under which clients are registered, by their names."""
+    file = _home(folder) / _NODES
+    try:
+        return TypeAdapter(dict[str, str]).validate_json(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValidationError) as error:
+        raise InputFileError(f"{file} cannot be read: {error}") from error
+
+
+def with_names(folder: Path, text: str) -> str:
+    """A message of the server's, which knows nodes by their ids until they say which client they are."""
+    for name, node in registered(folder).items():
+        text = text.replace(f"node {node}", name)
+    return text
 
 
 def submit(folder: Path, settings: Settings, out: Path) -> None:
@@ -151,13 +178,15 @@ def submit(folder: Path, settings: Settings, out: Path) -> None:
         raise InvalidSettingError(
             f"clients = {settings.clients}, but the federation in {folder} has {federation.clients}; set clients to that"
         )
-    flower.run(_home(folder), CONNECTION, out, audit_keys=folder / _SERVER)
+    try:
+        flower.run(_connected(folder), CONNECTION, out, audit_keys=folder / _SERVER)
+    except MetaMoEError as error:
+        raise type(error)(with_names(folder, str(error))) from error
 
 
 def _start_server(folder: Path, federation: Federation, running: Running) -> None:
     home, own = _home(folder), folder / _SERVER
-    address = f"127.0.0.1:{federation.port}"
-    flower.write_connection(home, CONNECTION, {"address": address, "root-certificates": str(own / "ca.crt")})
+    address = _address(federation)
     secret = ["--superexec-auth-secret-file", str(own / "superexec.secret")]
     link = [
         "flower-superlink",
@@ -216,9 +245,9 @@ def _end(running: Running, party: str) -> None:
     flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
 
 
-def _wait_online(folder: Path, running: Running, progress: Callable[[str], None]) -> None:
-    deadline = time.monotonic() + _ONLINE_SECONDS
-    while offline := [name for name, node in running.nodes.items() if node not in _online(folder)]:
+def _wait_online(folder: Path, started: Sequence[str], progress: Callable[[str], None]) -> None:
+    deadline, nodes = time.monotonic() + _ONLINE_SECONDS, registered(folder)
+    while offline := sorted({name for name, node in nodes.items() if node not in online_nodes(folder)}.intersection(started)):
         progress(f"waiting for {', '.join(offline)}")
         if time.monotonic() > deadline:
             logs = folder / "clients" / offline[0] / "link.log"
@@ -226,9 +255,28 @@ def _wait_online(folder: Path, running: Running, progress: Callable[[str], None]
         time.sleep(1)
 
 
-def _online(folder: Path) -> set[str]:
-    nodes = flower.flwr(_home(folder), "supernode", "list", CONNECTION)["nodes"]
+def online_nodes(folder: Path) -> set[str]:
+    """Ids of the nodes that the server sees.
+
+    Raises:
+        RunFailedError: the server does not answer.
+    """
+    nodes = flower.flwr(_connected(folder), "supernode", "list", CONNECTION)["nodes"]
     return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
+
+
+def _connected(folder: Path) -> Path:
+    """Flower's own files of the server's side, with how to reach the server on this machine."""
+    connection = {
+        "address": _address(read_federation(folder)),
+        "root-certificates": str(folder / _SERVER / "ca.crt"),
+    }
+    flower.write_connection(_home(folder), CONNECTION, connection)
+    return _home(folder)
+
+
+def _address(federation: Federation) -> str:
+    return f"127.0.0.1:{federation.port}"
 
 
 def _home(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """The commands ``metamoe client``: for those who hold data."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,6 @@ from common.config import load_settings
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
 
 _console = Console()
-
-
-@client.callback()
-def _client() -> None:
-    """Keeps ``check`` a command of its own."""
 
 
 @client.command()
@@ -66,3 +62,17 @@ def check(
         _console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
+
+
+@client.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="The client's folder, new or empty.")],
+    authority: Annotated[Path, typer.Option(help="The operator's ca.crt, by which the server is known.")],
+    server: Annotated[Path, typer.Option(help="The operator's audit.pub: the policy is for runs of this server alone.")],
+    days: Annotated[int, typer.Option(min=1, help="How long the certificate is valid.")] = 365,
+) -> None:
+    """Make the folder of a client whose server is elsewhere: keys that nobody else has seen, and a policy."""
+    from deploy.keys import make_client_keys
+
+    make_client_keys(folder, authority, server, days, datetime.now(UTC))
+    _console.print(f"give the operator {folder / 'node.pub'}, and nothing else of {folder}", soft_wrap=True)

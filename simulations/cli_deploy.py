@@ -72,12 +72,19 @@ def status(folder: Folder) -> None:
 @deploy.command()
 def register(
     folder: Folder,
-    public_key: Annotated[Path, typer.Argument(help="The client's node.pub.")],
+    public_key: Annotated[
+        Path | None, typer.Argument(help="A client's node.pub. (default: each in the folder that is not registered yet)")
+    ] = None,
 ) -> None:
-    """Let one more node into a federation whose server is up, by its public key."""
-    from deploy.processes import register
+    """Let nodes into a federation whose server is up, by their public keys."""
+    from deploy.processes import register, register_clients
 
-    _console.print(f"node {register(folder.absolute(), public_key)}")
+    if public_key:
+        _console.print(f"node {register(folder.absolute(), public_key)}")
+        return
+    with _console.status("asking the server") as shown:
+        new = register_clients(folder.absolute(), shown.update)
+    _console.print(f"registered: {', '.join(new) or 'all were before'}")
 
 
 @deploy.command()
@@ -92,7 +99,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. (default: FOLDER/runs/TIME)")] = None,
 ) -> None:
     """Run the three stages over a federation that is up, and follow them; the exit code is the run's."""
-    from deploy.processes import submit
+    from deploy.processes import submit, with_names
     from simulations.progress import live
 
     settings, folder = load_settings(preset, set_ or []), folder.absolute()
@@ -104,7 +111,8 @@ def run(
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"
     for missing in json.loads(summary.read_text())["missing"]:
-        _console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {missing['reason']}", soft_wrap=True)
+        reason = with_names(folder, missing["reason"])
+        _console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {reason}", soft_wrap=True)
     _console.print(f"model: {target / 'model'}\nwhat each client sent: {summary}", soft_wrap=True)
 
 

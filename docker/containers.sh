@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Builds the images, runs preset glyphs at reduced size through a server and three clients, each in containers of its own, and shows that
+# a client's app reaches its SuperNode and nothing else.
+#
+#   docker/containers.sh [FOLDER]     FOLDER: new or empty, for keys, states and results (runs/containers)
+#
+#   ENGINE     docker or podman                                      (docker)
+#   COMPOSE    what reads compose files with it                      (docker compose, podman-compose)
+#   BUILD=no   take the images as they are
+#   and the variables of compose.yaml and common.yaml. Without a package index: pip download -d docker/wheels -c constraints.txt
+#   "setuptools>=77" . and then PIP_NO_INDEX=1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+ENGINE=${ENGINE:-docker}
+[ "$ENGINE" = podman ] && default="podman-compose" || default="$ENGINE compose"
+read -ra compose <<< "${COMPOSE:-$default} -p metamoe-trial -f docker/compose.yaml"
+# Images of podman keep their health checks in Docker's format alone.
+export BUILDAH_FORMAT=docker
+
+folder=$(realpath -m "${1:-runs/containers}")
+mkdir -p "$folder"
+[ -z "$(ls -A "$folder")" ] || { echo "$folder is not empty; give another folder" >&2; exit 2; }
+export FEDERATION=$folder/federation METAMOE_USER=${METAMOE_USER:-$(id -u):$(id -g)}
+# Nothing runs as root: what root starts is for the user that the images name.
+case $METAMOE_USER in 0:*) METAMOE_USER=1000:1000; chown "$METAMOE_USER" "$folder" ;; esac
+
+if [ "${BUILD:-yes}" != no ]; then
+    for side in server client; do
+        "$ENGINE" build --file docker/Dockerfile --target "$side" --tag "metamoe-fl-$side:0.1.0" \
+            --build-arg BASE="${METAMOE_BASE:-python:3.11-slim}" --build-arg PIP_NO_INDEX="${PIP_NO_INDEX:-}" \
+            --build-arg PIP_INDEX_URL="${PIP_INDEX_URL:-}" --build-arg PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-}" .
+    done
+fi
+
+begin=$SECONDS
+inside() { local service=$1; shift; "${compose[@]}" exec -T "$service" "$@"; }
+"$ENGINE" run --rm --network none --read-only --tmpfs /tmp --cap-drop ALL --user "$METAMOE_USER" --volume "$folder:/out" \
+    metamoe-fl-server:0.1.0 metamoe deploy keys /out/federation --clients 3
+trap '"${compose[@]}" down' EXIT
+"${compose[@]}" up -d --no-build
+for _ in {1..60}; do
+    inside superlink metamoe deploy register /federation && break
+    sleep 2
+done
+inside superlink metamoe deploy run /federation --preset glyphs --out /federation/runs/first \
+    --set data.private-samples=200 --set proxies.count=50 --set expert-training.epochs=2 --set router-training.epochs=1
+echo "keys, start, and run: $((SECONDS - begin)) s"
+
+# Every address of every other container, by name and by number, the gateways, and the world.
+numbers='import psutil; print(*(a.address for n in psutil.net_if_addrs().values() for a in n if a.family == 2 and a.address != "127.0.0.1"))'
+targets=(supernode-0:9094 superlink:8000 supernode-1:9094 clientapp-1:22 192.0.2.1:443 1.1.1.1:53 example.org:443)
+for service in superlink serverapp supernode-1; do
+    for address in $(inside "$service" python3 -c "$numbers"); do
+        targets+=("$address:8000" "$address:9094" "${address%.*}.1:8000")
+    done
+done
+for address in $(inside clientapp-0 python3 -c "$numbers"); do
+    targets+=("${address%.*}.1:8000" "${address%.*}.1:22")
+done
+reached=$(inside clientapp-0 python3 - "${targets[@]}" < docker/reach.py | tr -d '\r')
+echo "of ${#targets[@]} addresses the app of client 0 reaches: $reached"
+[ "$reached" = supernode-0:9094 ] || { echo "it must reach its SuperNode, and nothing else" >&2; exit 1; }
+reached=$(inside supernode-0 python3 - superlink:8000 supernode-1:9094 < docker/reach.py | tr -d '\r')
+[ "$reached" = superlink:8000 ] || { echo "a SuperNode must reach the server and no other client; it reaches: $reached" >&2; exit 1; }
+echo "fine: $folder/federation/runs/first"
