@@ -14,13 +14,13 @@ def certificate_problems(folder: Path, federation: Federation, now: datetime) ->
     """Every certificate of a federation, and what is wrong with it at a time; an empty text is nothing."""
     server, clients = folder / "server", [folder / "clients" / name for name in federation.names]
     authority = server / "ca.crt"
-    problems = {server / "server.crt": _problem(server / "server.crt", authority, federation.host, now)}
+    problems = {server / "server.crt": certificate_problem(server / "server.crt", authority, federation.host, now)}
     for client in clients:
         # One that is elsewhere has its own.
         if not (client / "node.key").exists():
             continue
         own = client / "runtime.crt"
-        problems[own] = _problem(own, own, "localhost", now)
+        problems[own] = certificate_problem(own, own, "localhost", now)
         copy = client / "ca.crt"
         try:
             same = _load(copy) == _load(authority)
@@ -30,7 +30,7 @@ def certificate_problems(folder: Path, federation: Federation, now: datetime) ->
     return problems
 
 
-def _problem(file: Path, issuer: Path, host: str, now: datetime) -> str:
+def certificate_problem(file: Path, issuer: Path, host: str, now: datetime) -> str:
     """What is wrong with a certificate, the key beside it, its issuer, and the host it must be for."""
     try:
         certificate = _load(file)

@@ -1,17 +1,25 @@
-"""What is wrong with a federation's folder: certificates, keys, file modes, processes; each finding with what to do."""
+"""What is wrong with a federation, or with one client of it: certificates, keys, file modes, the server, clocks, nodes; each
+finding with what to do.
+"""
 
+import http.client
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from common.errors import MetaMoEError
-from deploy.certificates import certificate_problems
+from deploy.certificates import certificate_problem, certificate_problems
 from deploy.keys import Federation, read_federation
-from deploy.processes import status
+from deploy.processes import online_nodes, registered, status
 
 _SOON = timedelta(days=30)
+_ANSWER_SECONDS = 10
+# A certificate is valid from five minutes before it was made, and a date in HTTP is in whole seconds.
+_SKEW_SECONDS = 30
 _SECRETS = ("ca.key", "server.key", "node.key", "runtime.key", "superexec.secret")
 
 
@@ -35,16 +43,63 @@ def examine(folder: Path, now: datetime) -> list[Finding]:
     """
     federation = read_federation(folder)
     findings = [*_certificates(folder, federation, now), *_modes(folder)]
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", federation.port)) != 0:
+            alone = any(party.running for party in status(folder))
+            stopped = f"is not listened on, but clients run: metamoe deploy up {folder}" if alone else ""
+            return [*findings, Finding(f"port {federation.port}", stopped)]
+    reached = list(_server("localhost", federation.port, folder / "server" / "ca.crt", now))
+    if any(finding.problem for finding in reached):
+        return [*findings, *reached]
     try:
-        parties = status(folder)
+        online, nodes = online_nodes(folder), registered(folder)
     except MetaMoEError as error:
-        return [*findings, Finding("server", str(error))]
-    if not parties[0].running:
-        return [*findings, _port(federation.port)]
-    for party in parties:
-        problem = "" if party.online else f"is not {'connected' if party.running else 'running'}; metamoe deploy up {folder}"
-        findings.append(Finding(party.name, problem))
-    return findings
+        return [*findings, *reached, Finding("server", str(error))]
+    for name in federation.names:
+        problem = f"is not registered: metamoe deploy register {folder}" if name not in nodes else ""
+        if name in nodes and nodes[name] not in online:
+            problem = f"is not connected: start it again (metamoe deploy up {folder}); its own log says why"
+        reached.append(Finding(name, problem))
+    return [*findings, *reached]
+
+
+def examine_client(folder: Path, host: str, port: int, now: datetime) -> list[Finding]:
+    """Look at everything of one client, and at its way to a server that is elsewhere.
+
+    Args:
+        folder: the client's, from :func:`deploy.keys.make_client_keys`.
+        host: of the server.
+        port: of the server.
+        now: the time on this machine, with a time zone.
+    """
+    own = folder / "runtime.crt"
+    findings = [Finding(str(own), certificate_problem(own, own, "localhost", now)), *_modes(folder)]
+    return [*findings, *_server(host, port, folder / "ca.crt", now)]
+
+
+def _server(host: str, port: int, authority: Path, now: datetime) -> Iterator[Finding]:
+    """Whether a server answers that the authority vouches for, and whether its clock and ours agree."""
+    what = f"server {host}:{port}"
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+        connection = http.client.HTTPSConnection(host, port, timeout=_ANSWER_SECONDS, context=context)
+        connection.request("HEAD", "/")
+        date = connection.getresponse().getheader("Date")
+        connection.close()
+    except ssl.SSLCertVerificationError as error:
+        yield Finding(what, f"is not the one that {authority} vouches for: {error.verify_message}")
+        return
+    except (ssl.SSLError, http.client.HTTPException) as error:
+        yield Finding(what, f"is another program, or a server without TLS: {error}")
+        return
+    except OSError as error:
+        yield Finding(what, f"does not answer: {error}")
+        return
+    yield Finding(what)
+    if date:
+        ahead = (now - parsedate_to_datetime(date)).total_seconds()
+        wrong = f"is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's: set both by NTP"
+        yield Finding("clock of this machine", wrong if abs(ahead) > _SKEW_SECONDS else "")
 
 
 def _certificates(folder: Path, federation: Federation, now: datetime) -> Iterator[Finding]:
@@ -59,9 +114,3 @@ def _modes(folder: Path) -> Iterator[Finding]:
     for file in sorted(file for name in _SECRETS for file in folder.rglob(name)):
         mode = file.stat().st_mode & 0o777
         yield Finding(str(file), f"has mode {mode:o}, so that others can read it: chmod 600 {file}" if mode & 0o077 else "")
-
-
-def _port(port: int) -> Finding:
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", port)) == 0
-    return Finding(f"port {port}", "is taken by another program: stop it, or change port in federation.toml" if taken else "")

@@ -44,7 +44,8 @@ for _ in {1..60}; do
     sleep 2
 done
 inside superlink metamoe deploy run /federation --preset glyphs --out /federation/runs/first \
-    --set data.private-samples=200 --set proxies.count=50 --set expert-training.epochs=2 --set router-training.epochs=1
+    --set data.private-samples=200 --set data.public-samples=4000 --set proxies.count=50 --set proxies.pool=1000 \
+    --set expert-training.epochs=2 --set router-training.epochs=1
 echo "keys, start, and run: $((SECONDS - begin)) s"
 
 # Every address of every other container, by name and by number, the gateways, and the world.

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from common.config import load_settings
+from common.errors import InvalidSettingError
 
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
 
@@ -62,6 +63,27 @@ def check(
         _console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
+
+
+@client.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="The client's folder, from 'metamoe client keys'.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
+    preset: Annotated[
+        str, typer.Option(help="Preset or TOML file of the run, for the hashes of seed model and data.")
+    ] = "glyphs",
+) -> None:
+    """Say what is wrong with a client whose server is elsewhere: keys, certificates, the server, the clock; and show what must
+    be the same for all parties. The exit code is 1 if anything is wrong.
+    """
+    from deploy.doctor import examine_client
+    from simulations.cli_deploy import show_common, show_findings
+
+    host, _, port = superlink.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidSettingError(f"--superlink {superlink} is not of the form HOST:PORT")
+    show_common(load_settings(preset))
+    show_findings(examine_client(folder.absolute(), host, int(port), datetime.now(UTC)))
 
 
 @client.command()

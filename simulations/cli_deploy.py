@@ -1,17 +1,23 @@
 """The commands ``metamoe deploy``: a federation of separate processes, over TLS."""
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from common.config import load_settings, to_toml
+from common.config import Settings, load_settings, to_toml
 from common.errors import InputFileError
 from common.files import write_atomically
+
+if TYPE_CHECKING:
+    from deploy.doctor import Finding
 
 deploy = typer.Typer(no_args_is_help=True, help="A federation whose server and clients are separate processes, over TLS.")
 
@@ -117,15 +123,44 @@ def run(
 
 
 @deploy.command()
-def doctor(folder: Folder) -> None:
-    """Say what is wrong with a federation: certificates, keys, modes, ports, processes; exit code 1 if anything is."""
+def doctor(
+    folder: Folder,
+    preset: Annotated[
+        str, typer.Option(help="Preset or TOML file of the run, for the hashes of seed model and data.")
+    ] = "glyphs",
+) -> None:
+    """Say what is wrong with a federation: certificates, keys, modes, port, clock, clients; and show what must be the same for
+    all parties. The exit code is 1 if anything is wrong.
+    """
     from deploy.doctor import examine
 
-    findings = examine(folder.absolute(), datetime.now(UTC))
+    show_common(load_settings(preset))
+    show_findings(examine(folder.absolute(), datetime.now(UTC)))
+
+
+def show_common(settings: Settings) -> None:
+    """Print what server and clients must hold alike, to be compared with what the others see."""
+    from common.data.datasets import public_fingerprint
+    from common.model.seed import load_seed
+    from common.wire import PROTOCOL
+
+    with _console.status("hashing seed model and public set"):
+        seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
+    alike = Table("the same for all parties", "here")
+    alike.add_row("version", f"{version('metamoe-fl')}, protocol {PROTOCOL}")
+    alike.add_row("seed model", seed)
+    alike.add_row("public set", public)
+    _console.print(alike)
+
+
+def show_findings(findings: Sequence["Finding"]) -> None:
+    """Print what a doctor found.
+
+    Raises:
+        typer.Exit: with code 1, if anything is wrong.
+    """
     for finding in findings:
-        mark = (
-            f"[red]wrong[/red] {finding.what} {finding.problem}" if finding.problem else f"[green]fine[/green]  {finding.what}"
-        )
-        _console.print(mark, soft_wrap=True, highlight=False)
+        mark = "[red]wrong[/red] " if finding.problem else "[green]fine[/green]  "
+        _console.print(f"{mark}{escape(f'{finding.what} {finding.problem}')}", soft_wrap=True, highlight=False)
     if any(finding.problem for finding in findings):
         raise typer.Exit(1)

@@ -2,7 +2,10 @@
 
 import shutil
 import ssl
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InputFileError, InvalidSettingError
-from deploy.doctor import examine
+from deploy.doctor import examine, examine_client
 from deploy.flower import free_port
-from deploy.keys import Federation, make_keys, read_federation
+from deploy.keys import Federation, make_client_keys, make_keys, read_federation
 
 NOW = datetime.now(UTC)
 
@@ -136,3 +139,42 @@ def test_the_doctor_finds_another_authority_and_another_host(folder: Path, tmp_p
     assert "not signed by" in problems(folder)["server/server.crt"]
     shutil.copy(other / "server" / "ca.crt", folder / "server")
     assert "not for the host 'server.example'" in problems(folder)["server/server.crt"]
+
+
+@pytest.fixture
+def port(folder: Path) -> Iterator[int]:
+    """A server with the federation's certificate that says what time it is."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server" / "server.crt", folder / "server" / "server.key")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_a_client_with_keys_of_its_own_sees_whose_server_answers_and_whether_clocks_agree(
+    folder: Path, port: int, tmp_path: Path
+) -> None:
+    client = tmp_path / "client"
+    make_client_keys(client, folder / "server" / "ca.crt", folder / "server" / "audit.pub", 30, NOW)
+    assert {file.name for file in client.iterdir()} == {path.name for path in (folder / "clients" / "client-0").iterdir()}
+    assert (folder / "server" / "audit.pub").read_text().strip() in (client / "policy.toml").read_text()
+
+    def wrong(now: datetime, host: str = "localhost", at: int = port) -> list[str]:
+        return [finding.problem for finding in examine_client(client, host, at, now) if finding.problem]
+
+    now = datetime.now(UTC)
+    assert wrong(now) == []
+    assert "120 s ahead of the server's" in wrong(now + timedelta(seconds=120))[0].replace("119", "120").replace("121", "120")
+    assert "behind the server's" in wrong(now - timedelta(seconds=90))[0]
+    assert "does not answer" in wrong(now, at=free_port())[0]
+
+    make_keys(tmp_path / "other", Federation(host="localhost", port=8000, clients=1), 30, NOW)
+    shutil.copy(tmp_path / "other" / "server" / "ca.crt", client)
+    assert "is not the one that" in wrong(now)[0]
+    with pytest.raises(InputFileError, match="is no certificate"):
+        make_client_keys(tmp_path / "new", folder / "server" / "server.key", folder / "server" / "audit.pub", 30, NOW)
+    with pytest.raises(InputFileError, match="not a public audit key"):
+        make_client_keys(tmp_path / "new", folder / "server" / "ca.crt", folder / "server" / "ca.crt", 30, NOW)
+    assert not (tmp_path / "new").exists()
