@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InputFileError, InvalidSettingError
@@ -91,6 +91,7 @@ def test_a_host_that_is_none_is_refused_before_anything_is_written(host: str, tm
     assert not (tmp_path / "new").exists()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_a_federation_file_is_one_or_is_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("any")
