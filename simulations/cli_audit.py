@@ -234,7 +234,7 @@ def attack(
     ] = 8,
 ) -> None:
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights. Writes attack.json to the run's folder.
+    membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
     """
     from simulations.attacks import as_json
     from simulations.attacks import attack as attacked
@@ -246,16 +246,16 @@ def attack(
     settings = load_settings(str(run / "settings.toml"))
     write_json(run / "attack.json", as_json(settings, results))
     privacy = settings.privacy
-    title = f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}"
-    header = ("client", "error of the mean", "class mix, r", "top class", "loss AUC", "LiRA AUC", "found at 1% false")
-    table = Table(*header, title=title)
+    title = (
+        f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
+    )
+    header = ("mean, error", "mean by guesses of N", "class mix, r", "top class")
+    table = Table("client", *header, "loss AUC", "LiRA AUC", "found at 1% false", title=title)
     for name, result in results.items():
-        numbers = (result.loss_auc, result.lira_auc, result.lira_tpr)
-        mix = "" if result.class_mix is None else f"{result.class_mix:.2f}"
-        error = "" if result.mean_error is None else f"{result.mean_error:.3f}"
-        table.add_row(
-            name, error, mix, "right" if result.top_class else "wrong", *("" if n is None else f"{n:.3f}" for n in numbers)
-        )
+        means = (result.mean_error, result.guessed_error, result.class_mix)
+        membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
+        shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
+        table.add_row(name, *shown[0], "right" if result.top_class else "wrong", *shown[1])
     _console.print(table)
 
 
