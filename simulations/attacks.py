@@ -63,16 +63,19 @@ class ClientAttack:
     lira_tpr: float | None
 
 
-def attack(run: Path, shadows: int, progress: Callable[[int, int], None]) -> dict[str, ClientAttack]:
-    """Attack every client of a finished simulation.
+def attack(
+    run: Path, shadows: int, progress: Callable[[int, int], None], clients: Sequence[str] = ()
+) -> dict[str, ClientAttack]:
+    """Attack clients of a finished simulation.
 
     Args:
         run: its folder.
         shadows: shadow experts for each client, each trained on half of what might have been trained on; zero for none.
         progress: called with experts trained and in all.
+        clients: their names; none for all.
 
     Raises:
-        InputFileError: the folder holds no finished simulation.
+        InputFileError: the folder holds no finished simulation, or it had no such client.
     """
     try:
         settings = load_settings(str(run / "settings.toml"))
@@ -82,12 +85,16 @@ def attack(run: Path, shadows: int, progress: Callable[[int, int], None]) -> dic
         raise InputFileError(f"{run} is not the folder of a finished simulation: {error}") from error
     if settings.data.private == "own":
         raise InputFileError(f"{run} is a run on the clients' own data, which is not here to compare with")
+    names = settings.client_names
+    if unknown := [name for name in clients if name not in names]:
+        raise InputFileError(f"{run} is a run without a client {unknown[0]!r}; it has {', '.join(names)}")
     seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    chosen = [(client, name) for client, name in enumerate(names) if name in (clients or names)]
     results = {}
     with threads(settings.compute.server_threads):
-        for client, name in enumerate(settings.client_names):
+        for number, (client, name) in enumerate(chosen):
             proxies = public.select(picks[name]["ids"])
-            done = partial(_shifted, progress, client * shadows, settings.clients * shadows)
+            done = partial(_shifted, progress, number * shadows, len(chosen) * shadows)
             private, (expert, vectors) = load_private(settings, client, "train"), experts[client]
             held = load_private(settings, client, settings.data.evaluate_on)
             mix, top = class_mix(seed, settings, private, proxies)

@@ -158,3 +158,6 @@ def test_a_run_is_attacked_and_the_figures_are_kept(small: Settings, tmp_path: P
     assert written["privacy"]["vectors"] == "none"
     assert set(written["clients"]) == set(small.client_names)
     assert all(0 <= client["loss_auc"] <= 1 for client in written["clients"].values())
+    assert run_metamoe("audit", "attack", str(tmp_path), "--shadows", "0", "--client", "greek") == Verdict.FINE
+    assert set(json.loads((tmp_path / "attack.json").read_text())["clients"]) == {"greek"}
+    assert run_metamoe("audit", "attack", str(tmp_path), "--client", "thai") == InputFileError.exit_code
