@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from common.audit.entries import Arrival, Intent, line_schema
+from common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from common.audit.keys import read_public
-from common.audit.policy import DEFAULT, epsilon_of, kind_of_array, load_policy, policy_text
+from common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
 from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
 from common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from common.config import load_settings
@@ -271,10 +273,21 @@ def attack(
     _console.print(table)
 
 
+class Described(StrEnum):
+    """A form of file that has a published schema."""
+
+    LINE = "ledger-line"
+    HEAD = "ledger-head"
+    POLICY = "policy"
+
+
 @audit.command()
-def schema() -> None:
-    """Print the JSON Schema of a ledger's line."""
-    _console.print_json(data=line_schema())
+def schema(
+    of: Annotated[Described, typer.Argument(help="A line of ledger.jsonl, head.json, or a policy.")] = Described.LINE,
+) -> None:
+    """Print a JSON Schema."""
+    models: dict[Described, type[BaseModel]] = {Described.LINE: Line, Described.HEAD: Head, Described.POLICY: Policy}
+    _console.print_json(data=json_schema(models[of]))
 
 
 def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:

@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 import shutil
+import tomllib
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -197,19 +198,27 @@ def test_the_policy_is_printed_and_written_once(run_metamoe, tmp_path: Path, cap
     assert run_metamoe("audit", "policy", str(file), "--write", str(file)) == InputFileError.exit_code
 
 
-def test_the_schema_describes_every_line(finished: Path, run_metamoe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schemas_describe_every_line_head_and_policy(
+    finished: Path, run_metamoe, capsys: pytest.CaptureFixture[str]
+) -> None:
     from jsonschema import Draft202012Validator
 
-    assert run_metamoe("audit", "schema") == 0
-    schema = json.loads(capsys.readouterr().out)
-    published = Path(__file__).parents[3] / "docs" / "schemas" / "ledger-line.json"
-    assert json.loads(published.read_text()) == schema
-    validator = Draft202012Validator(schema)
-    lines = [line for file in finished.rglob(LEDGER) for line in file.read_text().splitlines()]
-    assert len(lines) > 20
-    for line in lines:
-        validator.validate(json.loads(line))
-        assert not validator.is_valid(json.loads(line) | {"note": "text"})
+    found: dict[str, list[object]] = {
+        "ledger-line": [json.loads(line) for file in finished.rglob(LEDGER) for line in file.read_text().splitlines()],
+        "ledger-head": [json.loads(file.read_text()) for file in finished.rglob(HEAD)],
+        "policy": [tomllib.loads(file.read_text()) for file in finished.rglob("policy-*.toml")],
+    }
+    assert len(found["ledger-line"]) > 20
+    for name, values in found.items():
+        assert run_metamoe("audit", "schema", name) == 0
+        schema = json.loads(capsys.readouterr().out)
+        published = Path(__file__).parents[3] / "docs" / "schemas" / f"{name}.json"
+        assert json.loads(published.read_text()) == schema
+        validator = Draft202012Validator(schema)
+        assert values
+        for value in values:
+            validator.validate(value)
+            assert not validator.is_valid(value | {"note": "text"})
 
 
 def test_the_search_finds_a_record_in_every_disguise(seed: Seed) -> None:
