@@ -71,7 +71,7 @@ def attack(
     Args:
         run: its folder.
         shadows: shadow experts for each client, each trained on half of what might have been trained on; zero for none.
-        progress: called with experts trained and in all.
+        progress: called with experts looked at and in all: each client's own, and its shadows.
         clients: their names; none for all.
 
     Raises:
@@ -94,7 +94,8 @@ def attack(
     with threads(settings.compute.server_threads):
         for number, (client, name) in enumerate(chosen):
             proxies = public.select(picks[name]["ids"])
-            done = partial(_shifted, progress, number * shadows, len(chosen) * shadows)
+            done = partial(_shifted, progress, number * (shadows + 1), len(chosen) * (shadows + 1))
+            done(0, shadows)
             private, (expert, vectors) = load_private(settings, client, "train"), experts[client]
             held = load_private(settings, client, settings.data.evaluate_on)
             mix, top = class_mix(seed, settings, private, proxies)
@@ -109,6 +110,7 @@ def attack(
                 _auc(*lira) if lira else None,
                 _rate_at(*lira) if lira else None,
             )
+            done(shadows + 1, shadows)
     return results
 
 

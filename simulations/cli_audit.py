@@ -254,8 +254,8 @@ def attack(
     from simulations.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("shadow experts"), console=_console) as progress:
-        task = progress.add_task("shadow experts", total=None)
+    with Progress(TextColumn("experts, own and shadow"), *columns, console=_console) as progress:
+        task = progress.add_task("", total=None)
         results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
     settings = load_settings(str(run / "settings.toml"))
     write_json(run / "attack.json", as_json(settings, results))
