@@ -1,5 +1,6 @@
 """Training an expert with differential privacy: DP-SGD (Abadi et al. 2016) on its LoRA parameters, by Opacus."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -68,7 +69,10 @@ def train_with_privacy(
         optimizer.zero_grad(set_to_none=True)
         if len(chosen):
             logits = class_logits(model, embed(model, pixels[chosen]), texts)
-            F.cross_entropy(logits, labels[chosen]).backward()
+            with warnings.catch_warnings():
+                # The lowest matrices get inputs that need no gradient: torch warns of it at every step, and it does no harm.
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                F.cross_entropy(logits, labels[chosen]).backward()
         else:
             # The noise is added all the same: that nobody was chosen is not to be seen either.
             for parameter in parameters:

@@ -56,10 +56,11 @@ def guard(message: Message, context: Context, call_next: ClientAppCallable) -> M
     with padded(site):
         try:
             kind = kind_of(message.metadata.message_type)
-            reply = audited(kind, message.content, site, lambda _: call_next(message, context).content)
-            return Message(reply, reply_to=message)
+            reply: RecordDict | Error = audited(kind, message.content, site, lambda _: call_next(message, context).content)
         except Exception as error:
-            return Message(Error(CLIENT_ERROR_CODE + _code(error), ""), reply_to=message)
+            reply = Error(CLIENT_ERROR_CODE + _code(error), "")
+    # After the wait: a message has the time at which it was made, and what is left of the request's time to live.
+    return Message(reply, reply_to=message)
 
 
 def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[RecordDict], RecordDict]) -> RecordDict:

@@ -15,21 +15,25 @@ from datasets import Dataset, concatenate_datasets
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
+from client.dp_sgd import train_with_privacy
 from client.expert import expert_samples, train_expert
 from client.profile import profile
 from client.site import Site
 from common.compute import derived_seed, threads
 from common.config import Settings, load_settings
 from common.data.datasets import label_space, load_private, load_public
-from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
+from common.data.tasks import all_pixels, class_logits, class_names, input_batches, labels_in, text_features
 from common.errors import InputFileError
 from common.files import read_json
 from common.model.inputs import embed
 from common.model.lora import Expert, with_lora
+from common.model.routing import all_evidence_paths, routing_vectors
 from common.model.seed import Seed, load_seed
+from common.privacy import expert_mechanism
+from common.wire import reply_artifacts
 from server.experts import stored_expert
 
-_SHADOWS = 23
+_ATTACK = 23
 _GUESSES = 1_000
 
 
@@ -38,9 +42,11 @@ class ClientAttack:
     """What attacks on one client came to.
 
     Attributes:
-        mean_error: distance of the private mean as an attacker has it from the true one, over the true one's distance from the
-            public mean; with router.vectors = private the median over guesses of the amount of data between a third and three
-            times the true one. None if no mean was sent.
+        mean_error: distance of the private mean as it was sent from the true one, over the true one's distance from the public
+            mean. None if no mean was sent.
+        guessed_error: distance of the private mean as :func:`recovered_mean` has it from the true one, over the proxies' mean's
+            distance from the true one: the median over guesses of N between a third and three times the true one. None if no
+            routing vectors were sent that hold both.
         class_mix: correlation of the proxies' classes, as the seed sees them, with the private classes. None if all private
             classes are equally many.
         top_class: whether the largest private class is the largest among the proxies too.
@@ -50,6 +56,7 @@ class ClientAttack:
     """
 
     mean_error: float | None
+    guessed_error: float | None
     class_mix: float | None
     top_class: bool
     loss_auc: float
@@ -57,16 +64,19 @@ class ClientAttack:
     lira_tpr: float | None
 
 
-def attack(run: Path, shadows: int, progress: Callable[[int, int], None]) -> dict[str, ClientAttack]:
-    """Attack every client of a finished simulation.
+def attack(
+    run: Path, shadows: int, progress: Callable[[int, int], None], clients: Sequence[str] = ()
+) -> dict[str, ClientAttack]:
+    """Attack clients of a finished simulation.
 
     Args:
         run: its folder.
         shadows: shadow experts for each client, each trained on half of what might have been trained on; zero for none.
-        progress: called with experts trained and in all.
+        progress: called with experts looked at and in all: each client's own, and its shadows.
+        clients: their names; none for all.
 
     Raises:
-        InputFileError: the folder holds no finished simulation.
+        InputFileError: the folder holds no finished simulation, or it had no such client.
     """
     try:
         settings = load_settings(str(run / "settings.toml"))
@@ -76,25 +86,32 @@ def attack(run: Path, shadows: int, progress: Callable[[int, int], None]) -> dic
         raise InputFileError(f"{run} is not the folder of a finished simulation: {error}") from error
     if settings.data.private == "own":
         raise InputFileError(f"{run} is a run on the clients' own data, which is not here to compare with")
+    names = settings.client_names
+    if unknown := [name for name in clients if name not in names]:
+        raise InputFileError(f"{run} is a run without a client {unknown[0]!r}; it has {', '.join(names)}")
     seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    chosen = [(client, name) for client, name in enumerate(names) if name in (clients or names)]
     results = {}
     with threads(settings.compute.server_threads):
-        for client, name in enumerate(settings.client_names):
+        for number, (client, name) in enumerate(chosen):
             proxies = public.select(picks[name]["ids"])
-            done = partial(_shifted, progress, client * shadows, settings.clients * shadows)
-            private, expert = load_private(settings, client, "train"), experts[client][0]
+            done = partial(_shifted, progress, number * (shadows + 1), len(chosen) * (shadows + 1))
+            done(0, shadows)
+            private, (expert, vectors) = load_private(settings, client, "train"), experts[client]
             held = load_private(settings, client, settings.data.evaluate_on)
             mix, top = class_mix(seed, settings, private, proxies)
             losses = [confidence(seed, settings, expert, data, private, public) for data in (private, held)]
             lira = likelihood_ratio(seed, settings, client, expert, private, held, proxies, public, shadows, done)
             results[name] = ClientAttack(
                 mean_error(seed, settings, client, private, public),
+                guessed_error(seed, settings, client, expert, vectors, private, proxies),
                 mix,
                 top,
                 _auc(*losses),
                 _auc(*lira) if lira else None,
                 _rate_at(*lira) if lira else None,
             )
+            done(shadows + 1, shadows)
     return results
 
 
@@ -104,16 +121,51 @@ def as_json(settings: Settings, results: dict[str, ClientAttack]) -> dict[str, o
 
 
 def mean_error(seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset) -> float | None:
-    """See :class:`ClientAttack`; for the seed routing vector, which is a mean itself."""
-    if settings.proxies.selection == "random" or settings.proxies.relevance != "fisher":
+    """See :class:`ClientAttack`; for the first mean of stage 1."""
+    name = next(
+        (a.name for a in reply_artifacts("profile", settings, seed) if a.name in ("seed-routing-vector", "seed-ffn-inputs")),
+        None,
+    )
+    if name is None:
         return None
     exact = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"vectors": "none"})})
-    rng = Site(client, Path()).noise(settings.seed, 1)
-    sent, true = (
-        profile(seed, of, client, private, public, rng)["seed-routing-vector"].astype(np.float64) for of in (settings, exact)
-    )
-    middle = np.mean([_embedded(seed, public.select(range(0, len(public), max(1, len(public) // 1_000))))], axis=(0, 1))
+    sent, true = (_profile(seed, of, client, private, public)[name] for of in (settings, exact))
+    some = public.select(range(0, len(public), max(1, len(public) // 1_000)))
+    middle = _profile(seed, exact, client, some, public)[name]
     return float(np.linalg.norm(sent - true) / np.linalg.norm(true - middle))
+
+
+def guessed_error(
+    seed: Seed, settings: Settings, client: int, expert: Expert, vectors: np.ndarray | None, private: Dataset, proxies: Dataset
+) -> float | None:
+    """See :class:`ClientAttack`. The server has the proxies and the expert, and so the proxies' mean in it."""
+    if vectors is None or settings.expert_training.samples != "aligned":
+        return None
+    model, paths = with_lora(seed, settings.lora, expert), all_evidence_paths(seed, settings.lora, settings.router)
+    own, known = (routing_vectors(model, paths, input_batches(seed, settings.data, data)) for data in (private, proxies))
+    rng = np.random.default_rng(derived_seed(settings.seed, _ATTACK, client))
+    guesses = len(private) * 3.0 ** rng.uniform(-1, 1, size=_GUESSES)
+    return float(np.median(guess_errors(vectors, known, own, len(proxies) / guesses)))
+
+
+def recovered_mean(vectors: np.ndarray, proxy_mean: np.ndarray, ratio: float) -> np.ndarray:
+    """mu_priv = e + (e - mu_proxy) m / N: the routing vectors e = N/(N+m) mu_priv + m/(N+m) mu_proxy (Jiang et al. 2026, Eq. 8)
+    solved for what they are to hide.
+
+    Args:
+        vectors: e, [L, d].
+        proxy_mean: [L, d].
+        ratio: m / N, with m known and N guessed.
+    """
+    return vectors + (vectors.astype(np.float64) - proxy_mean) * ratio
+
+
+def guess_errors(vectors: np.ndarray, proxy_mean: np.ndarray, private_mean: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+    """For each guess of m / N the distance of :func:`recovered_mean` from the true mean, over the proxies' mean's distance from
+    it. For a guess N' that is |N / N' - 1| / (1 + N / m).
+    """
+    wrong = [np.linalg.norm(recovered_mean(vectors, proxy_mean, ratio) - private_mean) for ratio in ratios]
+    return np.array(wrong) / np.linalg.norm(proxy_mean - private_mean)
 
 
 def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset) -> tuple[float | None, bool]:
@@ -156,16 +208,23 @@ def likelihood_ratio(
     """
     if not shadows:
         return None
+    rng = np.random.default_rng(derived_seed(settings.seed, _ATTACK, client))
+    # As many others as members at most: a shadow is then trained on no more than the expert was.
+    held = held.select(np.sort(rng.permutation(len(held))[: len(private)]))
     everything = concatenate_datasets([private, held.cast(private.features)])
-    rng = np.random.default_rng(derived_seed(settings.seed, _SHADOWS, client))
     space = label_space(class_names(private), class_names(public))
+    start = train_expert(seed, settings, client, [proxies], space, _quietly) if settings.privacy.expert == "dp-sgd" else None
     inside, seen = np.zeros((shadows, len(everything)), dtype=bool), np.zeros((shadows, len(everything)))
     for shadow in range(shadows):
         progress(shadow, shadows)
         # Every sample is in half of the shadows: they come in pairs that share nothing.
         inside[shadow] = ~inside[shadow - 1] if shadow % 2 else rng.permutation(len(everything)) < len(everything) // 2
-        samples = expert_samples(settings, everything.select(np.flatnonzero(inside[shadow])), proxies)
-        trained = train_expert(seed, settings, client, samples, space, lambda _done, _total: None)
+        members = everything.select(np.flatnonzero(inside[shadow]))
+        if start is not None:
+            mechanism = expert_mechanism(settings)
+            trained = train_with_privacy(seed, settings, members, space, start, mechanism, rng, _quietly)
+        else:
+            trained = train_expert(seed, settings, client, expert_samples(settings, members, proxies), space, _quietly)
         seen[shadow] = confidence(seed, settings, trained, everything, private, public)
     progress(shadows, shadows)
     own = confidence(seed, settings, expert, everything, private, public)
@@ -175,9 +234,10 @@ def likelihood_ratio(
     return scores[: len(private)], scores[len(private) :]
 
 
-def _embedded(seed: Seed, data: Dataset) -> np.ndarray:
-    with torch.inference_mode():
-        return embed(seed.model, all_pixels(seed, data)).double().numpy()
+def _profile(seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset) -> dict[str, np.ndarray]:
+    """What a client of a simulation says in stage 1, with the noise it has sent. float64."""
+    arrays = profile(seed, settings, client, private, public, Site(client, Path()).noise(settings.seed, 1))
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 def _auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
@@ -186,6 +246,10 @@ def _auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.nda
 
 def _rate_at(members: np.ndarray, others: np.ndarray, false_positives: float = 0.01) -> float:
     return float((members > np.quantile(others, 1 - false_positives)).mean())
+
+
+def _quietly(_done: int, _total: int) -> None:
+    """No progress within one expert."""
 
 
 def _shifted(progress: Callable[[int, int], None], before: int, total: int, done: int, _own: int) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
-from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
-from common.audit.words import EXPLAINED, policy_lines, privacy_of, released
+from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
+from common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from common.errors import InputFileError
 from common.files import write_atomically
 from simulations.ledgers import Ledgers
@@ -35,13 +35,17 @@ def write_pages(found: Ledgers, folder: Path) -> Verdict:
     server = check_ledger(found.server) if found.server else None
     clients = [check_ledger(ledger) for ledger in found.clients]
     findings = {client.name: _findings(client, server) for client in clients}
+    of_server = [*server.findings, *unclaimed(clients, server)] if server else []
     for client in clients:
         write_atomically(folder / f"{client.name}.html", client_page(client, server, findings[client.name]))
-    write_atomically(folder / "index.html", federation_page(clients, server, findings))
-    return worst([f for of in findings.values() for f in of] + (server.findings if server else []))
+    everything = [f for of in findings.values() for f in of] + of_server
+    write_atomically(folder / "index.html", federation_page(clients, server, findings, everything))
+    return worst(everything)
 
 
-def federation_page(clients: Sequence[Checked], server: Checked | None, findings: dict[str, list[Finding]]) -> str:
+def federation_page(
+    clients: Sequence[Checked], server: Checked | None, findings: dict[str, list[Finding]], everything: Sequence[Finding]
+) -> str:
     """All clients at a glance, and the server's ledger."""
     rows = []
     for client in clients:
@@ -57,7 +61,6 @@ def federation_page(clients: Sequence[Checked], server: Checked | None, findings
         name = tag("a", client.name, href=f"{client.name}.html")
         rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     header = ["client", "runs", "messages sent", "bytes sent", "public key", "ledger"]
-    everything = [f for of in findings.values() for f in of] + (server.findings if server else [])
     parts = [
         _verdict(everything, "Every ledger holds, and all agree with the server's."),
         tag("h2", "Clients"),
@@ -126,8 +129,7 @@ def _explained(intents: Sequence[Intent]) -> Html:
     for kind, arrays in released(intents).items():
         words, size = EXPLAINED[kind], f"{sum(array.bytes for array in arrays):,} bytes"
         text = f": {words.what}; computed: {words.how}; from: {words.samples}. Can reveal: {words.reveals}."
-        spent = {f"epsilon {spent.epsilon:g}, delta {spent.delta:g}" for spent in privacy[kind]}
-        covered = f" Covered by {'; '.join(sorted(spent))}." if spent else ""
+        covered = f" Privacy: {coverage_words(privacy[kind])}." if kind in privacy else ""
         items.append(tag("li", tag("strong", kind), f" ({size})", text + covered))
     return tag("ul", *items)
 

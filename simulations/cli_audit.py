@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from common.audit.entries import Intent, line_schema
+from common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from common.audit.keys import read_public
-from common.audit.policy import DEFAULT, epsilon_of, kind_of_array, load_policy, policy_text
-from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, worst
-from common.audit.words import EXPLAINED, policy_lines, privacy_of, released
+from common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
+from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
+from common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from common.config import load_settings
 from common.errors import InputFileError
 from common.files import write_atomically, write_json
@@ -91,6 +93,8 @@ def verify(
     """
     own, server = (read_public(file) if file else None for file in (key, server_key))
     checked = [ledger for place in places for ledger in _check(place, own, server)]
+    if own is None:
+        _console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
     _show(checked, [finding for ledger in checked for finding in ledger.findings])
 
 
@@ -99,7 +103,9 @@ def reconcile_(
     place: Annotated[Path, typer.Argument(help="A run's folder with both sides' ledgers; or one client's, with --server.")],
     server: Annotated[Path | None, typer.Option(help="The server's ledger: its folder, a bundle, or the run's folder.")] = None,
 ) -> None:
-    """Compare what clients say they sent with what the server says arrived, message by message, array by array."""
+    """Compare what clients say they sent with what the server says arrived, message by message, array by array. In a run's
+    folder with both sides' ledgers every client's has to be there.
+    """
     with ledgers_at(place) as found, ledgers_at(server or place) as other:
         if other.server is None:
             raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
@@ -109,6 +115,8 @@ def reconcile_(
         arrived = check_ledger(other.server)
     findings = [finding for ledger in (*clients, arrived) for finding in ledger.findings]
     findings += [finding for client in clients for finding in reconcile(client, arrived)]
+    if server is None:
+        findings += unclaimed(clients, arrived)
     _show([*clients, arrived], findings)
 
 
@@ -122,7 +130,9 @@ def explain(place: Place) -> None:
     for client in clients:
         for run in client.runs:
             _console.rule(f"{client.name}, run {run[:8]}", align="left")
-            for kind, arrays in released(client.of(Intent, run)).items():
+            intents = client.of(Intent, run)
+            privacy = privacy_of(intents)
+            for kind, arrays in released(intents).items():
                 words = EXPLAINED[kind]
                 total = sum(array.bytes for array in arrays)
                 count = f"{len(arrays)} arrays, {total:,} bytes" if len(arrays) > 1 else f"{total:,} bytes"
@@ -130,6 +140,8 @@ def explain(place: Place) -> None:
                 _console.print(
                     f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
                 )
+                if kind in privacy:
+                    _console.print(f"  privacy: {coverage_words(privacy[kind])}", highlight=False)
 
 
 @audit.command()
@@ -147,11 +159,10 @@ def budget(
     table = Table("client", "artifact", "releases", f"epsilon at delta {delta:g}")
     for client in clients:
         intents = client.of(Intent)
-        for kind, spent in privacy_of(intents).items():
-            if kind in ("client", "ledger"):
-                continue
-            covered = f"{epsilon_of(spent, delta):.3f}" if spent else "none: exact, no epsilon"
-            table.add_row(client.name, kind, str(sum(kind in released([intent]) for intent in intents)), covered)
+        for kind, coverage in privacy_of(intents).items():
+            parts = [f"{epsilon_of(coverage.spent, delta):.3f}"] if coverage.spent else []
+            parts += [f"none for {coverage.exact} of them: exact"] if coverage.exact else []
+            table.add_row(client.name, kind, str(coverage.releases), ", ".join(parts))
         total = epsilon_of([spent for intent in intents for spent in intent.spent], delta)
         limits = {f"{p.budget.epsilon:g} at {p.budget.delta:g}" for p in client.policies.values() if p.budget}
         table.add_row(
@@ -232,37 +243,51 @@ def attack(
     shadows: Annotated[
         int, typer.Option(min=0, help="Shadow experts of each client for the likelihood ratio attack; 0 leaves it out.")
     ] = 8,
+    client: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Attack this client; repeatable. (default: every client)")
+    ] = None,
 ) -> None:
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights. Writes attack.json to the run's folder.
+    membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
     """
     from simulations.attacks import as_json
     from simulations.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("shadow experts"), console=_console) as progress:
-        task = progress.add_task("shadow experts", total=None)
-        results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total))
+    with Progress(TextColumn("experts, own and shadow"), *columns, console=_console) as progress:
+        task = progress.add_task("", total=None)
+        results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
     settings = load_settings(str(run / "settings.toml"))
     write_json(run / "attack.json", as_json(settings, results))
     privacy = settings.privacy
-    title = f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}"
-    header = ("client", "error of the mean", "class mix, r", "top class", "loss AUC", "LiRA AUC", "found at 1% false")
-    table = Table(*header, title=title)
+    title = (
+        f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
+    )
+    header = ("mean, error", "mean by guesses of N", "class mix, r", "top class")
+    table = Table("client", *header, "loss AUC", "LiRA AUC", "found at 1% false", title=title)
     for name, result in results.items():
-        numbers = (result.loss_auc, result.lira_auc, result.lira_tpr)
-        mix = "" if result.class_mix is None else f"{result.class_mix:.2f}"
-        error = "" if result.mean_error is None else f"{result.mean_error:.3f}"
-        table.add_row(
-            name, error, mix, "right" if result.top_class else "wrong", *("" if n is None else f"{n:.3f}" for n in numbers)
-        )
+        means = (result.mean_error, result.guessed_error, result.class_mix)
+        membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
+        shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
+        table.add_row(name, *shown[0], "right" if result.top_class else "wrong", *shown[1])
     _console.print(table)
 
 
+class Described(StrEnum):
+    """A form of file that has a published schema."""
+
+    LINE = "ledger-line"
+    HEAD = "ledger-head"
+    POLICY = "policy"
+
+
 @audit.command()
-def schema() -> None:
-    """Print the JSON Schema of a ledger's line."""
-    _console.print_json(data=line_schema())
+def schema(
+    of: Annotated[Described, typer.Argument(help="A line of ledger.jsonl, head.json, or a policy.")] = Described.LINE,
+) -> None:
+    """Print a JSON Schema."""
+    models: dict[Described, type[BaseModel]] = {Described.LINE: Line, Described.HEAD: Head, Described.POLICY: Policy}
+    _console.print_json(data=json_schema(models[of]))
 
 
 def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
@@ -272,13 +297,12 @@ def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
 
 def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:
     """A table of the ledgers, what is wrong with them, and the exit code."""
-    table = Table(
-        "ledger", Column("lines", justify="right"), Column("runs", justify="right"), Column("bytes sent", justify="right")
-    )
-    table.add_column("public key")
+    counts = (Column(name, justify="right") for name in ("lines", "runs", "bytes sent", "bytes received"))
+    table = Table("ledger", *counts, "public key")
     for ledger in checked:
-        sent = sum(array.bytes for intent in ledger.of(Intent) for array in intent.arrays)
-        table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), f"{sent:,}", ledger.key[:16])
+        moved = [sum(array.bytes for entry in of for array in entry.arrays) for of in (ledger.of(Intent), ledger.of(Arrival))]
+        bytes_ = (f"{count:,}" if count else "" for count in moved)
+        table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16])
     _console.print(table)
     for finding in findings:
         line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"

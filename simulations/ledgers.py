@@ -66,7 +66,8 @@ def _find(folder: Path) -> Ledgers:
         return Ledgers([], folder) if _is_server(folder) else Ledgers([folder], None)
     # A run's folder has the clients' state in clients/; a deployed client's state folder is one client's.
     for state in (folder / "clients", folder):
-        clients = sorted(file.parent for file in (state / "audit").glob(f"client-*/{LEDGER}"))
+        # A head without lines counts too: that they are gone is to be said.
+        clients = sorted({file.parent for name in (LEDGER, HEAD) for file in (state / "audit").glob(f"client-*/{name}")})
         if clients:
             break
     server = folder / "server" / "audit"

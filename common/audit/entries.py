@@ -197,9 +197,9 @@ def head_statement(count: int, last: str) -> bytes:
     return canonical({"count": count, "last": last, "what": "head"})
 
 
-def line_schema() -> dict[str, Any]:
-    """JSON Schema of a ledger's line."""
-    return TypeAdapter(Line).json_schema()
+def json_schema(of: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema of what stands in a file: a ledger's :class:`Line`, its :class:`Head`, or a policy."""
+    return TypeAdapter(of).json_schema()
 
 
 def _plain(value: Any) -> Any:

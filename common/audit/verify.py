@@ -106,7 +106,10 @@ def check_ledger(folder: Path, key: str | None = None, server: str | None = None
     try:
         content = (folder / LEDGER).read_bytes()
     except OSError as error:
-        raise InputFileError(f"{folder / LEDGER} cannot be read: {error}") from error
+        # Of lines that are all gone the head still tells.
+        if not isinstance(error, FileNotFoundError) or not (folder / HEAD).is_file():
+            raise InputFileError(f"{folder / LEDGER} cannot be read: {error}") from error
+        content = b""
     checked.findings.extend(_read_lines(checked, content))
     checked.findings.extend(_check_head(checked, folder / HEAD))
     checked.findings.extend(_read_policies(checked, folder))
@@ -149,6 +152,22 @@ def reconcile(client: Checked, server: Checked) -> list[Finding]:
                 findings.append(Finding(Verdict.INCOMPLETE, where, "has not arrived; the server has not finished this run"))
         findings += _compare_seals(client, run, arrived)
     return findings
+
+
+def unclaimed(clients: Sequence[Checked], server: Checked) -> list[Finding]:
+    """What arrived at the server in runs of these clients under a key that none of their ledgers has; all clients of the runs
+    are to be among them.
+    """
+    keys, runs = {client.key for client in clients}, {run for client in clients for run in client.runs}
+    counts = Counter((entry.run, entry.client) for entry in server.of(Arrival) if entry.run in runs and entry.key not in keys)
+    return [
+        Finding(
+            Verdict.DISAGREE,
+            f"{server.name}, run {run[:8]}",
+            f"{count} messages of client {client} arrived, whose ledger is not here",
+        )
+        for (run, client), count in counts.items()
+    ]
 
 
 def _read_lines(checked: Checked, content: bytes) -> Iterator[Finding]:

@@ -108,14 +108,38 @@ def policy_lines(policy: Policy) -> list[str]:
     return lines
 
 
-def privacy_of(intents: Iterable[Intent]) -> dict[ArtifactKind, list[Spent]]:
-    """What each kind of artifact has spent; nothing for one that is covered by no epsilon."""
-    by_kind: dict[ArtifactKind, list[Spent]] = {}
+@dataclass(frozen=True)
+class Coverage:
+    """The releases of one kind of artifact: how many, how many of them exact, and what the others have spent."""
+
+    releases: int
+    exact: int
+    spent: list[Spent]
+
+
+def privacy_of(intents: Iterable[Intent]) -> dict[ArtifactKind, Coverage]:
+    """By which epsilon each kind of artifact is covered that depends on private samples. A release is exact unless all of its
+    arrays are covered.
+    """
+    by_kind: dict[ArtifactKind, Coverage] = {}
     for intent in intents:
-        for kind in released([intent]):
-            spent = [s for s in intent.spent if any(kind_of_array(name) == kind for name in s.covers)]
-            by_kind.setdefault(kind, []).extend(spent)
+        for kind, arrays in released([intent]).items():
+            if kind in ("client", "ledger"):
+                continue
+            names = {array.name for array in arrays}
+            spent = [s for s in intent.spent if names & set(s.covers)]
+            exact = not names <= {name for s in spent for name in s.covers}
+            before = by_kind.get(kind, Coverage(0, 0, []))
+            by_kind[kind] = Coverage(before.releases + 1, before.exact + exact, [*before.spent, *spent])
     return by_kind
+
+
+def coverage_words(coverage: Coverage) -> str:
+    """Each epsilon, and what is covered by none."""
+    spent = sorted({f"epsilon {s.epsilon:g}, delta {s.delta:g}" for s in coverage.spent})
+    covered = [f"covered by {'; '.join(spent)}"] if spent else []
+    which = "" if coverage.exact == coverage.releases else f"{coverage.exact} of {coverage.releases} releases "
+    return ", ".join([*covered, *([f"{which}exact, covered by no epsilon"] if coverage.exact else [])])
 
 
 def released(intents: Iterable[Intent]) -> dict[ArtifactKind, list[ArrayEntry]]:

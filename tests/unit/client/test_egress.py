@@ -3,6 +3,7 @@
 import io
 import resource
 import secrets
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -283,15 +284,24 @@ def test_a_runs_bytes_are_limited(small: Settings, tmp_path: Path) -> None:
 def test_replies_wait_for_the_next_step(
     small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app_fails: bool
 ) -> None:
-    """On a clock of its own: 13 seconds of work, then 7 of waiting, whether there is a reply or an error."""
-    clock, slept = iter([100.0, 113.0]), []
-    monkeypatch.setattr(egress, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=slept.append))
+    """On a clock of its own: 13 seconds of work, then 7 of waiting, whether there is a reply or an error. Only then is the
+    message made, which says when that was.
+    """
+    clock, slept, awake = iter([100.0, 113.0]), [], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        awake.append(time.time())
+
+    monkeypatch.setattr(egress, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=sleep))
     file = written(limited(SIMULATION, reply_time_step=10.0), tmp_path)
     node = {"partition-id": 0, "state-dir": str(tmp_path / "state"), "policy": str(file)}
     message = Message(request(small), dst_node_id=2, message_type=MESSAGE_TYPE["profile"])
     reply = RecordDict() if app_fails else encode_reply(honest(small))
-    guard(message, Context(1, 2, node, RecordDict(), {}), lambda m, _: Message(reply, reply_to=m))
+    sent = guard(message, Context(1, 2, node, RecordDict(), {}), lambda m, _: Message(reply, reply_to=m))
+    assert sent.has_error() is app_fails
     assert slept == [7.0]
+    assert sent.metadata.created_at >= awake[0]
 
 
 def test_a_full_disk_at_the_ledger_means_nothing_is_sent(small: Settings, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def plain(features: np.ndarray, relevance: np.ndarray, count: int) -> list[int]:
     return picked
 
 
-# Slopes so small that relevances differ by no more than rounding are left out: there, what ties is a matter of the order of sums.
+# Not so small that relevances differ by no more than rounding: there, what ties is a matter of the order of sums.
 slopes = st.just(0.0) | st.floats(1e-6, 8)
 
 

@@ -1,8 +1,13 @@
 """``metamoe audit`` as one uses it: places, words, pages, bundles and exit codes."""
 
 import json
+import re
+import secrets
 import shutil
+import tomllib
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +16,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from common.audit.ledger import LEDGER
+from client.app import respond
+from client.egress import audited
+from client.site import Site
+from common.audit.entries import Intent
+from common.audit.ledger import HEAD, LEDGER
+from common.audit.verify import check_ledger
+from common.audit.words import privacy_of
+from common.config import Settings, changed
+from common.data.datasets import public_fingerprint
 from common.errors import InputFileError
-from common.model.seed import Seed
+from common.model.seed import Seed, load_seed
+from common.wire import Envelope, Request, encode_request
 from simulations.canary import Canary, needles, search
 from simulations.ledgers import ledgers_at
 
@@ -45,11 +59,75 @@ def test_each_kind_of_harm_has_its_exit_code(run: Path, run_metamoe) -> None:
     other = run / "clients" / "audit" / "client-1"
     keys = ["--key", str(other / "audit.pub")]
     assert run_metamoe("audit", "verify", str(client), *keys) == 3
-    # The server knows this client, but another's ledger is handed over as its own.
     shutil.rmtree(run / "server" / "audit")
     assert run_metamoe("audit", "reconcile", str(run)) == InputFileError.exit_code
     assert run_metamoe("audit", "verify", "nowhere") == InputFileError.exit_code
     assert run_metamoe("audit", "verify") == 2
+
+
+HARM: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
+    "a changed byte": (lambda lines: [*lines[:2], lines[2].replace(b'"time":"2', b'"time":"3', 1), *lines[3:]], 3),
+    "a removed line": (lambda lines: lines[:3] + lines[4:], 3),
+    "a removed last line": (lambda lines: lines[:-1], 3),
+    "two swapped lines": (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], 3),
+    "forged signatures": (lambda lines: [re.sub(rb'"signature":"....', b'"signature":"0000', line) for line in lines], 3),
+    "no lines": (lambda _: [], 3),
+    "half a last line": (lambda lines: [*lines, lines[-1][:40]], 5),
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "reconcile", "report"])
+@pytest.mark.parametrize("place", ["clients/audit/client-0", "server/audit"])
+@pytest.mark.parametrize(("change", "code"), HARM.values(), ids=HARM)
+def test_harm_to_either_side_is_found_by_every_command(
+    run: Path, run_metamoe, change: Callable[[list[bytes]], list[bytes]], code: int, place: str, command: str
+) -> None:
+    file = run / place / LEDGER
+    file.write_bytes(b"".join(change(file.read_bytes().splitlines(keepends=True))))
+    assert run_metamoe("audit", command, str(run)) == code
+
+
+@pytest.mark.parametrize("harm", ["its ledger", "its lines", "its lines and its head"])
+def test_a_client_whose_ledger_is_gone_is_missed(run: Path, run_metamoe, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server has signed for what arrived from it."""
+    client = run / "clients" / "audit" / "client-2"
+    if harm == "its ledger":
+        shutil.rmtree(client)
+    else:
+        (client / LEDGER).unlink()
+        if harm == "its lines and its head":
+            (client / HEAD).unlink()
+    lines_alone = harm == "its lines"
+    assert run_metamoe("audit", "verify", str(run)) == (3 if lines_alone else 0)
+    assert run_metamoe("audit", "reconcile", str(run)) == (3 if lines_alone else 4)
+    assert run_metamoe("audit", "report", str(run)) == (3 if lines_alone else 4)
+    assert lines_alone or "3 messages of client 2 arrived, whose ledger is not here" in capsys.readouterr().out
+    # One client by itself answers for nobody else.
+    alone = run / "clients" / "audit" / "client-0"
+    assert run_metamoe("audit", "reconcile", str(alone), "--server", str(run / "server" / "audit")) == 0
+
+
+def test_what_an_epsilon_covers_is_said_of_each_artifact(
+    small: Settings, tmp_path: Path, run_metamoe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One exact run, one with private means: the means are half covered, the experts not at all."""
+    site = Site(0, tmp_path)
+    noisy = changed(small, ["privacy.vectors=gaussian", "privacy.epsilon=4", "privacy.min-samples=40"])
+    for settings in (small, noisy):
+        seed, envelope = load_seed(settings.seed_model), Envelope(run=secrets.token_hex(16), message=secrets.token_hex(16))
+        request = encode_request(Request(settings, seed.fingerprint, public_fingerprint(settings.data), {}, envelope))
+        audited("profile", request, site, partial(respond, "profile", site=site))
+    coverage = privacy_of(check_ledger(site.audit).of(Intent))
+    assert {kind: (c.releases, c.exact) for kind, c in coverage.items()} == {
+        "seed-routing-vector": (2, 1),
+        "seed-ffn-inputs": (2, 1),
+    }
+    for command in ("explain", "budget"):
+        run_metamoe("audit", command, str(tmp_path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("privacy: exact, covered by no epsilon") == 2
+    assert said.count("privacy: covered by epsilon 4, delta 1e-05") == 2
+    assert "none for 1 of them: exact" in said
 
 
 def test_a_bundle_is_enough_for_a_third_party(run: Path, run_metamoe, tmp_path: Path) -> None:
@@ -120,19 +198,27 @@ def test_the_policy_is_printed_and_written_once(run_metamoe, tmp_path: Path, cap
     assert run_metamoe("audit", "policy", str(file), "--write", str(file)) == InputFileError.exit_code
 
 
-def test_the_schema_describes_every_line(finished: Path, run_metamoe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schemas_describe_every_line_head_and_policy(
+    finished: Path, run_metamoe, capsys: pytest.CaptureFixture[str]
+) -> None:
     from jsonschema import Draft202012Validator
 
-    assert run_metamoe("audit", "schema") == 0
-    schema = json.loads(capsys.readouterr().out)
-    published = Path(__file__).parents[3] / "docs" / "schemas" / "ledger-line.json"
-    assert json.loads(published.read_text()) == schema
-    validator = Draft202012Validator(schema)
-    lines = [line for file in finished.rglob(LEDGER) for line in file.read_text().splitlines()]
-    assert len(lines) > 20
-    for line in lines:
-        validator.validate(json.loads(line))
-        assert not validator.is_valid(json.loads(line) | {"note": "text"})
+    found: dict[str, list[object]] = {
+        "ledger-line": [json.loads(line) for file in finished.rglob(LEDGER) for line in file.read_text().splitlines()],
+        "ledger-head": [json.loads(file.read_text()) for file in finished.rglob(HEAD)],
+        "policy": [tomllib.loads(file.read_text()) for file in finished.rglob("policy-*.toml")],
+    }
+    assert len(found["ledger-line"]) > 20
+    for name, values in found.items():
+        assert run_metamoe("audit", "schema", name) == 0
+        schema = json.loads(capsys.readouterr().out)
+        published = Path(__file__).parents[3] / "docs" / "schemas" / f"{name}.json"
+        assert json.loads(published.read_text()) == schema
+        validator = Draft202012Validator(schema)
+        assert values
+        for value in values:
+            validator.validate(value)
+            assert not validator.is_valid(value | {"note": "text"})
 
 
 def test_the_search_finds_a_record_in_every_disguise(seed: Seed) -> None:
