@@ -319,8 +319,18 @@ def generate(
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Preset to show in full.")] = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Say what a run of this preset needs and lacks here.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --check: change one setting; repeatable.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=f"With --check: {_DATA_DIR[0].lower()}{_DATA_DIR[1:]}")] = None,
 ) -> None:
-    """List the presets, or print one."""
+    """List the presets, print one, or check what one needs before hours are lost; the exit code is 1 if anything is missing."""
+    if check is not None:
+        _check_preset(check, set_ or [], data_dir)
+        return
     if name is not None:
         _console.print(preset_text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
@@ -328,6 +338,20 @@ def presets(
     for known in preset_names():
         table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
     _console.print(table)
+
+
+def _check_preset(name: str, overrides: list[str], data_dir: Path | None) -> None:
+    from simulations.check import check_preset
+
+    overrides += [f"data.folder={data_dir}"] if data_dir is not None else []
+    settings, missing = _absolute(load_settings(name, overrides)), False
+    for finding in check_preset(settings):
+        missing |= not finding.fine
+        mark, style = ("ok", "green") if finding.fine else ("missing", "red")
+        _console.print(f"{mark:>8}", style=style, end="  ")
+        _console.print(f"{finding.what}: {finding.found}", markup=False, highlight=False, soft_wrap=True)
+    if missing:
+        raise typer.Exit(1)
 
 
 def _absolute(settings: Settings) -> Settings:

@@ -4,12 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from common.config import Data
+from common.data.hub import load_from_hub
 from common.errors import DataFormatError, InputFileError
-from common.model.seed import hub_error
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
@@ -101,10 +101,7 @@ def _from_folder(folder: Path) -> dict[str, Dataset]:
 
 
 def _from_hub(hub: str) -> dict[str, Dataset]:
-    try:
-        found = load_dataset(hub)
-    except (OSError, ValueError) as error:
-        raise hub_error("data.hub", hub, error) from error
+    found = load_from_hub(hub)
     parts = {}
     for part in ("train", "validation", "test"):
         if part in found:
@@ -118,7 +115,9 @@ def _from_hub(hub: str) -> dict[str, Dataset]:
                 )
             renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
             data = found[part].select_columns([image, label]).rename_columns(renamed)
-            parts[part] = data.cast_column("image", Image(mode="RGB"))
+            # A part without labels is for a contest, not for us.
+            if min(data["label"], default=-1) >= 0:
+                parts[part] = data.cast_column("image", Image(mode="RGB"))
     if "train" not in parts:
         raise DataFormatError(f"{hub} has the parts {sorted(found)}; a part 'train' is needed")
     return parts

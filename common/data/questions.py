@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 
 from common.config import Data
+from common.data.hub import load_from_hub
 from common.errors import DataFormatError, InputFileError
-from common.model.seed import hub_error
 
 FEATURES = Features({"prompt": Value("string"), "choices": List(Value("string")), "answer": Value("int64")})
 _PARTS = ("train", "validation", "test")
@@ -52,13 +52,13 @@ def with_distractors(held_out: Dataset) -> Dataset:
     """Instructions as questions: each with the outputs of three others to choose among, which shows what a model forgot."""
     rng = np.random.default_rng(0)
     own = [choices[0] for choices in held_out["choices"]]
-    rows = []
+    rows: list[dict[str, Any] | None] = []
     for row, prompt in enumerate(held_out["prompt"]):
         others = [i for i in rng.permutation(len(own))[: _DISTRACTORS + 1].tolist() if i != row][:_DISTRACTORS]
         choices, answer = [own[i] for i in others], int(rng.integers(len(others) + 1))
         choices.insert(answer, own[row])
         rows.append({"prompt": prompt, "choices": choices, "answer": answer})
-    return Dataset.from_list(rows, features=FEATURES)
+    return _dataset(rows)
 
 
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
@@ -121,7 +121,13 @@ def read_questions(file: Path) -> Dataset:
                     rows.append(question_row(_object(line, f"{file}, line {number}"), f"{file}, line {number}"))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputFileError(f"{file} cannot be read: {error}") from error
-    return Dataset.from_list([row for row in rows if row], features=FEATURES)
+    return _dataset(rows)
+
+
+def _dataset(rows: Sequence[dict[str, Any] | None]) -> Dataset:
+    """Rows as a data set, without those that have no label; there may be none."""
+    labelled = [row for row in rows if row]
+    return Dataset.from_dict({name: [row[name] for row in labelled] for name in FEATURES}, features=FEATURES)
 
 
 def _object(line: str, place: str) -> Mapping[str, Any]:
@@ -169,15 +175,9 @@ def _from_folder(folder: Path) -> dict[str, Dataset]:
 
 
 def _from_hub(hub: str) -> dict[str, Dataset]:
-    try:
-        found = load_dataset(hub)
-    except (OSError, ValueError) as error:
-        raise hub_error("data.hub", hub, error) from error
+    found = load_from_hub(hub)
     return {
-        part: Dataset.from_list(
-            [row for i, raw in enumerate(found[part]) if (row := question_row(raw, f"{hub}, {part}, row {i}"))],
-            features=FEATURES,
-        )
+        part: _dataset([question_row(row, f"{hub}, {part}, row {i}") for i, row in enumerate(found[part])])
         for part in _PARTS
         if part in found
     }

@@ -193,10 +193,8 @@ def check_seed(seed: Seed, data: config.Data) -> None:
         InvalidSettingError: it does not.
     """
     if seed.is_image_model == (data.source == "questions"):
-        kind, wanted = ("a CLIP model", "images") if seed.is_image_model else ("a decoder", "questions")
-        raise InvalidSettingError(
-            f"seed-model = {seed.reference!r} is {kind}, for {wanted}; data.source = {data.source} is not"
-        )
+        kind = "a CLIP model, for images" if seed.is_image_model else "a decoder, for questions"
+        raise InvalidSettingError(f"seed-model = {seed.reference!r} is {kind}; it does not go with data.source = {data.source}")
 
 
 def input_batches(seed: Seed, data: config.Data, dataset: Dataset) -> Iterator[Inputs]:

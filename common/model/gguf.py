@@ -1,6 +1,7 @@
 """Seed models in GGUF files: read once into an ordinary model folder in the cache."""
 
 import hashlib
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         read = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise InputFileError(f"seed-model = {str(file)!r} cannot be read as a decoder: {error}") from error
     # A model that comes from such a file remembers so, and refuses to be saved.
     config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import HTTPError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,6 +22,8 @@ from common.model.ffn import Form, ffn_paths, form_of
 from common.model.gguf import from_gguf, packaged_gguf
 from common.model.inputs import is_image_model
 
+HUB_FAILURES = (OSError, ValueError, RuntimeError, HTTPError)
+"""What libraries raise when a hub does not give what is asked for."""
 _TOWER = ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size", "image_size")
 _DECODER = (
     *("hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
@@ -117,7 +120,7 @@ def load_seed(reference: str) -> Seed:
         model = architecture.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place, backend="pil") if kind == "clip" else None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*HUB_FAILURES, SafetensorError) as error:
         if Path(place).exists():
             raise InputFileError(f"seed-model = {reference!r}: {place} cannot be loaded: {error}") from error
         raise hub_error("seed-model", reference, error) from error

@@ -1,0 +1,96 @@
+"""What a run needs and what of it is missing, found before hours are lost."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from huggingface_hub import HfApi
+
+from common.compute import device_of
+from common.config import Settings
+from common.data.datasets import check_domains, load_domain, load_public
+from common.errors import MetaMoEError
+from common.files import cache_folder
+from common.model.seed import HUB_FAILURES, hub_error
+from common.model.sizes import Sizes, predicted_sizes
+
+_LARGE = 2 * 10**9
+"""Parameters above which a CPU is no fit place."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run needs: what it is, what was found, and whether that will do."""
+
+    what: str
+    found: str
+    fine: bool
+
+
+def check_preset(settings: Settings) -> Iterator[Finding]:
+    """Look for everything that a simulation with these settings needs; nothing large is downloaded or loaded."""
+    try:
+        sizes = predicted_sizes(settings)
+    except MetaMoEError as error:
+        yield Finding("seed model", str(error), False)
+    else:
+        yield Finding("seed model", f"{settings.seed_model}: {sizes.parameters:,} parameters", True)
+        yield from _room(settings, sizes)
+    if settings.data.folder or settings.data.source == "glyphs":
+        yield from _local_data(settings)
+    else:
+        yield from _hub_data(settings)
+
+
+def _room(settings: Settings, sizes: Sizes) -> Iterator[Finding]:
+    compute = settings.compute
+    for side in ("client", "server"):
+        try:
+            device = device_of(getattr(compute, f"{side}_device"))
+        except MetaMoEError as error:
+            yield Finding(f"{side}'s device", str(error), False)
+            continue
+        slow = device.type == "cpu" and sizes.parameters > _LARGE
+        remedy = " - no GPU is here, and this seed on a CPU takes days" if slow else ""
+        yield Finding(f"{side}'s device", f"{device}{remedy}", not slow)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            yield _bytes(f"{side}'s GPU memory", sizes.training if side == "client" else sizes.weights, free)
+    here = sizes.weights + min(settings.clients, compute.parallel_clients) * sizes.training
+    yield _bytes("memory", here, psutil.virtual_memory().available)
+    kept = cache_folder()
+    kept.mkdir(parents=True, exist_ok=True)
+    yield _bytes("disk for cache and run", 2 * sizes.weights + settings.clients * sizes.up, shutil.disk_usage(kept).free)
+    yield Finding("what a client sends and receives", f"{sizes.up:,} and {sizes.down:,} bytes", True)
+
+
+def _bytes(what: str, wanted: int, free: int) -> Finding:
+    return Finding(what, f"{wanted / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free", wanted <= free)
+
+
+def _local_data(settings: Settings) -> Iterator[Finding]:
+    data = settings.data
+    try:
+        check_domains(data)
+        yield Finding("public set", f"{len(load_public(data)):,} samples", True)
+    except MetaMoEError as error:
+        yield Finding("public set", str(error), False)
+    for domain in data.domains if data.private == "built-in" else ():
+        try:
+            train, test = (len(load_domain(data, domain, split)) for split in ("train", data.evaluate_on))
+            yield Finding(domain, f"{train:,} samples to train on, {test:,} to evaluate on", True)
+        except MetaMoEError as error:
+            yield Finding(domain, str(error), False)
+
+
+def _hub_data(settings: Settings) -> Iterator[Finding]:
+    data = settings.data
+    for name, hub in [("public set", data.public_hub), *zip(data.domains, data.hub, strict=False)]:
+        try:
+            HfApi().auth_check(hub, repo_type="dataset")
+        except HUB_FAILURES as error:
+            yield Finding(name, str(hub_error("data.hub", hub, error)), False)
+        else:
+            yield Finding(name, f"{hub} is there, and will be downloaded", True)
