@@ -211,12 +211,14 @@ def _while_independent(items: _Items, count: int) -> tuple[list[int], np.ndarray
             factor[taken - 1] = row
             gains -= row * row
             gains[place] = -np.inf
-            gains[gains <= floor] = -np.inf
             best = gains.max()
-            if best - _TIE <= others or best == -np.inf or done + taken == len(basis):
+            if best - _TIE <= others or done + taken == len(basis):
                 break
             (tied,) = (gains >= best - _TIE).nonzero()
-            places.append(tied[0] if len(tied) == 1 else tied[candidates[tied].argmin()])
+            place = tied[0] if len(tied) == 1 else tied[candidates[tied].argmin()]
+            if gains[place] <= floor[place]:
+                break
+            places.append(int(place))
         # 4. Their directions: L^-1 (B_S - its projection).
         new = slice(done, done + len(places))
         items.settle(candidates, gains, new.stop)
