@@ -88,11 +88,15 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
         assert load_model(state / "model").manifest.experts == small.client_names
 
 
-def kill(federation: Path, party: str) -> None:
-    """End all of a party's processes at once."""
+def pids(federation: Path, party: str) -> list[int]:
     processes = Running.model_validate_json((federation / "running.json").read_text()).processes[party]
-    for process in processes:
-        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+    return [process.pid for process in processes]
+
+
+def kill(federation: Path, party: str) -> None:
+    """End all of a party's processes at once: Flower notices after a minute."""
+    for pid in pids(federation, party):
+        for member in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
             member.kill()
 
 
@@ -132,9 +136,9 @@ def test_a_run_waits_for_a_client_that_dropped_out_if_its_settings_say_so(
     out = tmp_path / "waits"
     run = start(federation, settings, out)
     wait_until(lambda: (out / "proxies.json").is_file())
-    kill(federation, "client-2")
-    # Until then Flower takes it for there, and lets nobody else in with its key.
-    wait_until(lambda: [party.name for party in status(federation) if not party.online] == ["client-2"])
+    # It says goodbye, so that Flower takes it for gone at once.
+    flower.stop(pids(federation, "client-2"))
+    assert [party.name for party in status(federation) if not party.online] == ["client-2"]
     up(federation, lambda _: None)
     shown, _ = run.communicate(timeout=400)
     assert run.returncode == 0, shown
@@ -145,15 +149,13 @@ def test_a_run_waits_for_a_client_that_dropped_out_if_its_settings_say_so(
 @contextmanager
 def started_with(federation: Path, party: str, variables: dict[str, str]) -> Iterator[None]:
     """A party that runs with other environment variables for a while."""
-    processes = Running.model_validate_json((federation / "running.json").read_text()).processes
-    flower.stop([process.pid for process in processes[party]])
+    flower.stop(pids(federation, party))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
         up(federation, lambda _: None)
     yield
-    processes = Running.model_validate_json((federation / "running.json").read_text()).processes
-    flower.stop([process.pid for process in processes[party]])
+    flower.stop(pids(federation, party))
     up(federation, lambda _: None)
 
 
