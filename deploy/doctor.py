@@ -20,7 +20,7 @@ _SOON = timedelta(days=30)
 _ANSWER_SECONDS = 10
 # A certificate is valid from five minutes before it was made, and a date in HTTP is in whole seconds.
 _SKEW_SECONDS = 30
-_SECRETS = ("ca.key", "server.key", "node.key", "runtime.key", "superexec.secret")
+_SECRETS = ("ca.key", "server.key", "audit.key", "node.key", "runtime.key", "superexec.secret")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.config import Settings, load_settings, to_toml
 from common.errors import InputFileError
@@ -146,7 +146,7 @@ def show_common(settings: Settings) -> None:
 
     with _console.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
-    alike = Table("the same for all parties", "here")
+    alike = Table("the same for all parties", Column("here", overflow="fold"))
     alike.add_row("version", f"{version('metamoe-fl')}, protocol {PROTOCOL}")
     alike.add_row("seed model", seed)
     alike.add_row("public set", public)
