@@ -86,12 +86,15 @@ def ask(kind: Kind, settings: Settings, site: Site) -> dict[str, np.ndarray]:
 def test_settings_and_site_agree_on_whose_data_it_is(small: Settings, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PrivateDataError, match="built-in data, but this client has its own"):
         ask("profile", small, Site(0, tmp_path / "state", folder))
-    with pytest.raises(PrivateDataError, match="data-dir is not in"):
+    with pytest.raises(PrivateDataError, match="no data-dir in its node config, or it is empty"):
         ask("profile", changed(small, OWN), Site(0, tmp_path / "state"))
     with pytest.raises(InvalidSettingError, match="metamoe deploy run"):
         prepare(changed(small, OWN))
-    site = site_of({"partition-id": 1, "state-dir": "/state", "data-dir": "/data"}, {})
-    assert site == Site(1, Path("/state"), Path("/data"), simulation=False)
+    site = site_of({"partition-id": 1, "state-dir": "/state", "data-dir": str(folder)}, {})
+    assert site == Site(1, Path("/state"), folder, simulation=False)
+    # Mounted, and nothing in it.
+    (tmp_path / "empty").mkdir()
+    assert site_of({"partition-id": 1, "state-dir": "/state", "data-dir": str(tmp_path / "empty")}, {}).data is None
 
 
 def test_a_class_name_that_was_not_agreed_on_stays(small: Settings, folder: Path, tmp_path: Path) -> None:
