@@ -333,6 +333,8 @@ class Settings(Section):
                 "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "
                 "covered; set proxies.relevance = fisher"
             )
+        if self.privacy.expert == "dp-sgd" and self.data.source == "questions":
+            raise ValueError("privacy.expert = dp-sgd is for images, not for data.source = questions")
         if self.privacy.expert == "dp-sgd" and self.expert_training.samples != "aligned":
             raise ValueError(
                 f"privacy.expert = dp-sgd with expert-training.samples = {self.expert_training.samples}: it starts from the "

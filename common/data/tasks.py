@@ -110,11 +110,15 @@ class TextBatch:
 
     @property
     def count(self) -> int:
-        return len(self.targets.token)
+        return len(self.inputs.ids)
 
     def loss(self, model: Any, encoded: Tensor) -> Tensor:
-        """Next-token loss, the mean over all tokens that are to be predicted."""
-        return F.cross_entropy(self._logits(model, encoded), self.targets.token.to(encoded.device))
+        """Next-token loss: the mean over the tokens of each answer, as it is scored, and then over samples. So a proxy, whose
+        answer is long, weighs no more than a question.
+        """
+        losses = F.cross_entropy(self._logits(model, encoded), self.targets.token.to(encoded.device), reduction="none")
+        lengths = torch.bincount(self.targets.sample)
+        return losses @ (1 / (lengths[self.targets.sample] * len(lengths))).to(encoded.device)
 
     def scores(self, model: Any, encoded: Tensor) -> Tensor:
         """Log-likelihood of each choice divided by its number of tokens; of one that a question has not, minus infinity."""

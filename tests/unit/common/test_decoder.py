@@ -202,6 +202,17 @@ def test_the_loss_is_that_of_the_answer_and_the_end_alone(decoder: Seed) -> None
     torch.testing.assert_close(loss, -(logits[2, 9] + logits[3, 10] + logits[4, 3]) / 3, atol=1e-5, rtol=1e-5)
 
 
+def test_a_long_answer_weighs_no_more_than_a_short_one(decoder: Seed) -> None:
+    samples = TextSamples([Question([5, 6, 7], [[8]], 0), Question([4, 4], [[9, 10, 11, 5]], 0)], end=3)
+
+    def loss(*rows: int) -> torch.Tensor:
+        batch = samples.taught(torch.tensor(rows))
+        return batch.loss(decoder.model, encode(decoder.model, batch.inputs))
+
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(0, 1), (loss(0) + loss(1)) / 2, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_reach_rows_lambda_and_experts(decoder: Seed, text_settings: Settings) -> None:
     model = build(decoder, text_settings)
     batch = TextBatch(*packed([([5, 6, 7, 8], [[9, 4]]), ([8, 4, 9], [[6]])]))
