@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from multiprocessing import active_children, get_context
@@ -24,11 +24,10 @@ from common.compute import threads
 from common.config import Settings, changed, to_toml
 from common.data.datasets import load_private, load_public
 from common.data.tasks import Scores, accuracy
-from common.errors import InputFileError, MetaMoEError
+from common.errors import InputFileError, InvalidSettingError, MetaMoEError
 from common.files import cache_folder, replaced_folder, write_atomically, write_json
-from common.model.artifact import load_model, save_model
+from common.model.artifact import Loaded, load_model, save_model
 from common.model.lora import Expert, load_adapter, save_adapter, with_lora
-from common.model.moe import UnifiedModel
 from common.model.seed import Seed, load_seed
 from common.wire import Kind, RecordDict, encode_reply
 from server.stages import run_stages
@@ -37,6 +36,7 @@ from simulations.evaluate import (
     PUBLIC,
     accuracy_and_routing,
     dense,
+    domains_of,
     ensemble,
     own_share,
     soup,
@@ -109,8 +109,9 @@ class Model:
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     unify_seconds: float | None = None
-    unified: UnifiedModel | None = None
+    unified: Loaded | None = None
     sent: Mapping[str, list[dict[str, Any]]] | None = None
+    merged: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
@@ -253,9 +254,11 @@ def _build(method: Method, settings: Settings) -> Model:
         case "pooled":
             return _pooled(seed, settings, folder, experts, down, everywhere)
         case _:
-            unified = load_model(folder / "model", settings.compute.server_device).model
+            unified = load_model(folder / "model", settings.compute.server_device)
             sent = {client["name"]: client["artifacts"] for client in clients}
-            return Model(dict.fromkeys(everywhere, unified.scores), up, down, summary["cpu_seconds"]["unify"], unified, sent)
+            spent = summary["cpu_seconds"]["unify"]
+            scores = dict.fromkeys(everywhere, unified.model.scores)
+            return Model(scores, up, down, spent, unified, sent, summary["merged"])
 
 
 def _run(settings: Settings) -> Path:
@@ -283,6 +286,10 @@ def _pooled(
     seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], down: float, everywhere: Sequence[str]
 ) -> Model:
     """Experts and router trained on what no server may see: all private samples in one place."""
+    if settings.experts.max < settings.clients:
+        raise InvalidSettingError(
+            f"experts.max = {settings.experts.max} with clients = {settings.clients}: unrestricted-moe has one for every client"
+        )
     private = [load_private(settings, client, "train") for client in range(settings.clients)]
     target, times = folder / "pooled", folder / "pooled.json"
     with FileLock(f"{target}.lock"):
@@ -295,10 +302,17 @@ def _pooled(
             spent = time.process_time() - started
             save_model(target, seed, settings, settings.client_names, [], weights)
             write_json(times, {"cpu_seconds": round(spent, 3)})
-    unified = load_model(target).model
-    up = float(np.mean([len(data) * (np.asarray(data[0]["image"]).nbytes + _LABEL_BYTES) for data in private]))
+    unified = load_model(target, settings.compute.server_device)
+    up = float(np.mean([len(data) * (_sample_bytes(data[0]) + _LABEL_BYTES) for data in private]))
     seconds = json.loads(times.read_text())["cpu_seconds"]
-    return Model(dict.fromkeys(everywhere, unified.scores), up, down, seconds, unified)
+    return Model(dict.fromkeys(everywhere, unified.model.scores), up, down, seconds, unified)
+
+
+def _sample_bytes(sample: Mapping[str, Any]) -> int:
+    """What a private sample would weigh if it were sent as it is: pixels, or text."""
+    if "image" in sample:
+        return np.asarray(sample["image"]).nbytes
+    return len("".join([sample["prompt"], *sample["choices"]]).encode())
 
 
 def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
@@ -327,24 +341,24 @@ def _evaluate(settings: Settings, model: Model) -> Outcome:
     for test in sets[:-1]:
         started = time.process_time()
         if model.unified is not None:
-            percent, routing[test.name] = accuracy_and_routing(model.unified, test.samples)
+            percent, routing[test.name] = accuracy_and_routing(model.unified.model, test.samples)
         else:
             percent = accuracy(model.scores[test.domain], test.samples)
         domains[test.name] = round(percent, 3)
         seconds, count = seconds + time.process_time() - started, count + len(test.samples.answers)
-    owned = {settings.client_domain(client) for client in range(settings.clients)}
+    names = model.unified.manifest.expert_names if model.unified is not None else []
+    owners = [domains_of(settings, name, model.merged) for name in names]
+    own = [own_share(owners, test, routing[test.name]) for test in sets[:-1] if any(test.domain in some for some in owners)]
     return Outcome(
         domains=domains,
         public=round(accuracy(model.scores[PUBLIC], sets[-1].samples), 3),
-        own_expert_share=None
-        if not routing
-        else round(float(np.mean([own_share(settings, t, routing[t.name]) for t in sets[:-1] if t.domain in owned])), 4),
+        own_expert_share=round(float(np.mean(own)), 4) if own else None,
         bytes_up=model.bytes_up,
         bytes_down=model.bytes_down,
         unify_seconds=model.unify_seconds,
         inference_ms=round(1_000 * seconds / count, 4),
         routing=routing or None,
-        expert_names=settings.expert_names if routing else [],
+        expert_names=names,
         sent=dict(model.sent or {}),
         seconds=0.0,
     )

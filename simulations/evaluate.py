@@ -1,6 +1,6 @@
 """Using a seed, experts or a unified model on test images: scores, accuracy, routing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,7 +87,20 @@ def soup(experts: Sequence[Expert], lora: config.Lora) -> tuple[Expert, config.L
     return merged, lora.model_copy(update={"rank": count * lora.rank, "alpha": count * lora.alpha})
 
 
-def own_share(settings: Settings, test: TestSet, shares: list[list[float]]) -> float:
-    """Share of a test set's tokens that reach an expert of their own domain, mean over the layers that decide."""
-    own = [k for k in range(settings.clients) if settings.client_domain(k) == test.domain]
-    return sum(row[k] for row in shares for k in own) / len(shares)
+def domains_of(settings: Settings, expert: str, merged: Mapping[str, Sequence[str]]) -> set[str]:
+    """The domains that an expert of the unified model has seen: its client's, those of all clients whose experts were merged
+    into it, or none for the seed.
+    """
+    by_client = {name: settings.client_domain(client) for client, name in enumerate(settings.client_names)}
+    return {by_client[name] for name in merged.get(expert, [expert]) if name in by_client}
+
+
+def own_share(owners: Sequence[set[str]], test: TestSet, shares: list[list[float]]) -> float:
+    """Share of a test set's tokens that reach an expert of their own domain, mean over the layers that decide.
+
+    Args:
+        owners: the domains of each expert, in the order of the shares.
+        test: the test set.
+        shares: see :func:`accuracy_and_routing`.
+    """
+    return sum(row[k] for row in shares for k, domains in enumerate(owners) if test.domain in domains) / len(shares)

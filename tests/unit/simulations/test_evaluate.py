@@ -10,7 +10,7 @@ from common.model.inputs import embed
 from common.model.lora import with_lora
 from common.model.seed import Seed
 from simulations import fedavg
-from simulations.evaluate import TestSet, ensemble, own_share, soup
+from simulations.evaluate import TestSet, domains_of, ensemble, own_share, soup
 from tests.conftest import random_expert, random_pixels
 
 
@@ -50,7 +50,13 @@ def test_a_share_counts_every_expert_of_the_own_domain(settings: Settings) -> No
     images = TestSet("greek, blur", "greek", ImageSamples(torch.zeros(1), torch.zeros(1), torch.zeros(1)))
     # Clients 1 and 4 have greek; two layers decide.
     shares = [[0.1, 0.2, 0.1, 0.1, 0.3, 0.2], [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]]
-    assert own_share(six, images, shares) == pytest.approx((0.5 + 1.0) / 2)
+    owners = [domains_of(six, name, {}) for name in six.client_names]
+    assert own_share(owners, images, shares) == pytest.approx((0.5 + 1.0) / 2)
+    # An expert that two clients share is of both their domains, and the seed of none.
+    merged = {"digits-1-and-1-more": ["digits-1", "greek-1"]}
+    owners = [domains_of(six, name, merged) for name in ("digits-1-and-1-more", "arrows-1", "seed")]
+    assert owners == [{"digits", "greek"}, {"arrows"}, set()]
+    assert own_share(owners, images, [[0.7, 0.2, 0.1]]) == pytest.approx(0.7)
 
 
 def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
