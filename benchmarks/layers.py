@@ -57,9 +57,8 @@ def main(
 
 def _features(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
     """float64 [N, L + 1, d]."""
-    return (
-        torch.cat(list(sample_features(seed.model, seed.ffn_paths, input_batches(seed, settings.data, data)))).double().numpy()
-    )
+    inputs = input_batches(seed, settings.data, data)
+    return torch.cat(list(sample_features(seed.model, seed.ffn_paths, inputs))).double().numpy()
 
 
 if __name__ == "__main__":

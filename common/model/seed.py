@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.errors import HubError, InputFileError
@@ -113,17 +120,14 @@ def load_seed(reference: str) -> Seed:
         ModelStructureError: its feed-forward sublayers cannot be found.
     """
     transformers_logging.disable_progress_bar()
-    place = seed_place(reference)
+    place, kind = seed_place(reference), seed_config(reference).model_type
     try:
-        kind = AutoConfig.from_pretrained(place).model_type
         architecture = CLIPModel if kind == "clip" else AutoModelForCausalLM
         model = architecture.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place, backend="pil") if kind == "clip" else None
     except (*HUB_FAILURES, SafetensorError) as error:
-        if Path(place).exists():
-            raise InputFileError(f"seed-model = {reference!r}: {place} cannot be loaded: {error}") from error
-        raise hub_error("seed-model", reference, error) from error
+        raise _not_loaded(reference, error) from error
     ffn_paths(model)
     return Seed(reference, model, tokenizer, processor)
 
@@ -147,6 +151,26 @@ def seed_place(reference: str) -> str:
             "package:NAME, or a hub id such as org/name"
         )
     return reference
+
+
+def seed_config(reference: str) -> Any:
+    """The config of a seed's model.
+
+    Raises:
+        InputFileError, HubError: as :func:`load_seed`.
+    """
+    place = seed_place(reference)
+    try:
+        return AutoConfig.from_pretrained(place)
+    except HUB_FAILURES as error:
+        raise _not_loaded(reference, error) from error
+
+
+def _not_loaded(reference: str, error: Exception) -> InputFileError | HubError:
+    place = seed_place(reference)
+    if Path(place).exists():
+        return InputFileError(f"seed-model = {reference!r}: {place} cannot be loaded: {error}")
+    return hub_error("seed-model", reference, error)
 
 
 def hub_error(setting: str, reference: str, error: Exception) -> HubError:

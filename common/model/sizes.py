@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
+from transformers import AutoModelForCausalLM, CLIPModel
 
 from common.config import Settings
 from common.data.text import packed
 from common.model.inputs import Inputs, Tokens, encode
 from common.model.lora import expert_shapes, with_lora
-from common.model.seed import Seed, seed_place
+from common.model.seed import Seed, seed_config
 from common.wire import MESSAGE_TYPE, reply_artifacts, request_artifacts
 
 _ADAM = 4
@@ -57,7 +57,7 @@ def predicted_sizes(settings: Settings) -> Sizes:
 
 def meta_seed(reference: str) -> Seed:
     """A seed without weights and tokenizer, laid out by its config."""
-    config = AutoConfig.from_pretrained(seed_place(reference))
+    config = seed_config(reference)
     build = CLIPModel if config.model_type == "clip" else AutoModelForCausalLM.from_config
     with torch.device("meta"):
         model = build(config)

@@ -1,11 +1,11 @@
 import copy
+from importlib import import_module
 from pathlib import Path
 
-import httpx
 import pytest
 from datasets import Dataset
 from gguf import GGUFWriter
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.config import Settings
@@ -72,11 +72,13 @@ def test_a_gguf_file_of_another_architecture_is_named(tmp_path: Path, monkeypatc
 
 
 def test_what_a_hub_does_not_give_says_what_to_do() -> None:
-    request = httpx.Request("HEAD", "https://hub.invalid/org/name")
+    # The library for HTTP is the hub client's choice.
+    http = import_module(HTTPError.__module__.partition(".")[0])
+    request = http.Request("HEAD", "https://hub.invalid/org/name")
 
     def error(kind: type[HfHubHTTPError], status: int) -> OSError:
         wrapped = OSError("cannot load it")
-        wrapped.__cause__ = kind("no", response=httpx.Response(status, request=request))
+        wrapped.__cause__ = kind("no", response=http.Response(status, request=request))
         return wrapped
 
     for found, remedy in (
