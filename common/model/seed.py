@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPModel,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
