@@ -21,7 +21,7 @@ PUBLIC = "public"
 
 
 @dataclass(frozen=True)
-class TestSet:
+class EvaluationSet:
     """Samples ready to be scored: ``domain`` is where they come from, or ``"public"``."""
 
     name: str
@@ -30,7 +30,7 @@ class TestSet:
 
 
 @lru_cache(maxsize=1)
-def test_sets(seed_model: str, data: config.Data) -> list[TestSet]:
+def test_sets(seed_model: str, data: config.Data) -> list[EvaluationSet]:
     """Every test set of a run, and last the held-out public samples.
 
     Each image is named among its own domain's classes, the public ones among all public classes; of each question one of its
@@ -41,7 +41,7 @@ def test_sets(seed_model: str, data: config.Data) -> list[TestSet]:
     tests = []
     for name, samples in sets.items():
         ready = samples_of(seed, data, [samples], class_names(samples))
-        tests.append(TestSet(name, name.partition(",")[0], ready))
+        tests.append(EvaluationSet(name, name.partition(",")[0], ready))
     return tests
 
 
@@ -95,7 +95,7 @@ def domains_of(settings: Settings, expert: str, merged: Mapping[str, Sequence[st
     return {by_client[name] for name in merged.get(expert, [expert]) if name in by_client}
 
 
-def own_share(owners: Sequence[set[str]], test: TestSet, shares: list[list[float]]) -> float:
+def own_share(owners: Sequence[set[str]], test: EvaluationSet, shares: list[list[float]]) -> float:
     """Share of a test set's tokens that reach an expert of their own domain, mean over the layers that decide.
 
     Args:

@@ -31,7 +31,7 @@ MODES = {
     "default": (),
     "private routing vectors": ("router.vectors=private",),
     "relevance classifier": ("proxies.relevance=classifier",),
-    "proxies alone": ("proxies.selection=random", "router.vectors=proxy", "router.seed-expert=false", "router.top-k=1"),
+    "proxies alone": ("proxies.selection=random", "router.vectors=proxy"),
     "differential privacy": (
         *("privacy.vectors=gaussian", "privacy.expert=dp-sgd", f"privacy.min-samples={FEW}"),
         *("privacy.expert-batch-size=25", "privacy.expert-epochs=1"),

@@ -10,7 +10,7 @@ from common.model.inputs import embed
 from common.model.lora import with_lora
 from common.model.seed import Seed
 from simulations import fedavg
-from simulations.evaluate import TestSet, domains_of, ensemble, own_share, soup
+from simulations.evaluate import EvaluationSet, domains_of, ensemble, own_share, soup
 from tests.conftest import random_expert, random_pixels
 
 
@@ -47,7 +47,7 @@ def test_accuracy_of_a_hand_computed_case() -> None:
 
 def test_a_share_counts_every_expert_of_the_own_domain(settings: Settings) -> None:
     six = settings.model_copy(update={"clients": 6})
-    images = TestSet("greek, blur", "greek", ImageSamples(torch.zeros(1), torch.zeros(1), torch.zeros(1)))
+    images = EvaluationSet("greek, blur", "greek", ImageSamples(torch.zeros(1), torch.zeros(1), torch.zeros(1)))
     # Clients 1 and 4 have greek; two layers decide.
     shares = [[0.1, 0.2, 0.1, 0.1, 0.3, 0.2], [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]]
     owners = [domains_of(six, name, {}) for name in six.client_names]
