@@ -1,4 +1,4 @@
-"""Threads, devices and randomness."""
+"""What a computation runs on and with: threads, devices, precision, optimizers, and seeds for its randomness."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
