@@ -13,7 +13,7 @@ from common.config import Settings
 from common.data.datasets import check_domains, load_domain, load_public
 from common.errors import MetaMoEError
 from common.files import cache_folder
-from common.model.seed import HUB_FAILURES, hub_error
+from common.hub import HUB_FAILURES, hub_error
 from common.model.sizes import Sizes, predicted_sizes
 
 _LARGE = 2 * 10**9

@@ -73,7 +73,6 @@ def embed(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """M0's embedding z: the vision tower's pooled output, or the mean over the prompt's tokens of a decoder's last hidden
     state. [B, d].
     """
-    inputs = inputs.to(model.device)
     return pooled(encode(model, inputs), inputs)
 
 
@@ -94,7 +93,7 @@ def masked_mean(z: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return z.mean(dim=1)
-    weights = mask.to(z.dtype).unsqueeze(-1)
+    weights = mask.to(z).unsqueeze(-1)
     return (z * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 

@@ -122,18 +122,15 @@ class RoutingState:
         if self.visible is not None:
             context, total, count = _running_mean(z, self.visible[:, :, -z.shape[1] :], earlier)
         elif earlier is not None:
-            (total, count) = earlier
+            total, count = earlier
             context = (total / count).unsqueeze(1)
         else:
             context = masked_mean(z, self.mask).unsqueeze(1)
-            count = (
-                torch.full_like(z[:, 0, :1], z.shape[1]) if self.mask is None else self.mask.sum(1, keepdim=True).to(z.dtype)
-            )
+            mask = self.mask if self.mask is not None else torch.ones(z.shape[:2], device=z.device)
+            count = mask.sum(1, keepdim=True).to(z.dtype)
             total = context.squeeze(1) * count
-        if self.cache and earlier is None:
-            self.cache.contexts.append((total, count))
-        elif self.cache:
-            self.cache.contexts[number] = (total, count)
+        if self.cache:
+            self.cache.contexts[number : number + 1] = [(total, count)]
         if self.held and self.mask is not None:
             z = torch.where(self.mask.unsqueeze(-1), z, context) if earlier is None else context.expand_as(z)
         self.decisions.append(router(z, context))

@@ -55,9 +55,8 @@ def sample_features(model: PreTrainedModel, paths: list[str], batches: Iterable[
     """
     with ffn_inputs(model, paths) as captured:
         for batch in batches:
-            inputs = batch.to(model.device)
-            embedding = embed(model, inputs)
-            mask = inputs.prompt if isinstance(inputs, Tokens) else None
+            embedding = embed(model, batch)
+            mask = batch.prompt if isinstance(batch, Tokens) else None
             yield torch.stack([*(masked_mean(captured[path], mask) for path in paths), embedding], dim=1).float().cpu()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -24,12 +23,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.errors import HubError, InputFileError
+from common.hub import HUB_FAILURES, hub_error
 from common.model.ffn import Form, ffn_paths, form_of
 from common.model.gguf import from_gguf, packaged_gguf
 from common.model.inputs import is_image_model
 
-HUB_FAILURES = (OSError, ValueError, RuntimeError, HTTPError)
-"""What libraries raise when a hub does not give what is asked for."""
 _TOWER = ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size", "image_size")
 _DECODER = (
     *("hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
@@ -170,22 +168,6 @@ def _not_loaded(reference: str, error: Exception) -> InputFileError | HubError:
     if Path(place).exists():
         return InputFileError(f"seed-model = {reference!r}: {place} cannot be loaded: {error}")
     return hub_error("seed-model", reference, error)
-
-
-def hub_error(setting: str, reference: str, error: Exception) -> HubError:
-    """What to tell a user whose model or data set the hub did not give."""
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(c, GatedRepoError) for c in causes) or "gated" in str(error):
-        remedy = "it is gated: accept its licence on the hub, and log in with 'hf auth login' or the variable HF_TOKEN"
-    elif any(isinstance(c, HfHubHTTPError) and c.response is not None and c.response.status_code in (401, 404) for c in causes):
-        remedy = "the hub has no such name, or not for you: check the spelling, or log in with 'hf auth login'"
-    else:
-        remedy = "the hub cannot be reached from here: download it elsewhere, and give the folder in place of the hub id"
-    return HubError(f"{setting} = {reference!r}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:

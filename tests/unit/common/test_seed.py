@@ -12,7 +12,8 @@ from common.config import Settings
 from common.data.questions import FEATURES
 from common.data.tasks import accuracy, check_seed, samples_of
 from common.errors import InputFileError, InvalidSettingError
-from common.model.seed import Seed, hub_error, load_seed
+from common.hub import hub_error
+from common.model.seed import Seed, load_seed
 from simulations.evaluate import dense
 from simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS

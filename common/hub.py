@@ -1,0 +1,24 @@
+"""What a hub of models and data sets does not give, and what to do about it."""
+
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
+
+from common.errors import HubError
+
+HUB_FAILURES = (OSError, ValueError, RuntimeError, HTTPError)
+"""What libraries raise when a hub does not give what is asked for."""
+
+
+def hub_error(setting: str, reference: str, error: Exception) -> HubError:
+    """What to tell a user whose model or data set the hub did not give."""
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(c, GatedRepoError) for c in causes) or "gated" in str(error):
+        remedy = "it is gated: accept its licence on the hub, and log in with 'hf auth login' or the variable HF_TOKEN"
+    elif any(isinstance(c, HfHubHTTPError) and c.response is not None and c.response.status_code in (401, 404) for c in causes):
+        remedy = "the hub has no such name, or not for you: check the spelling, or log in with 'hf auth login'"
+    else:
+        remedy = "the hub cannot be reached from here: download it elsewhere, and give the folder in place of the hub id"
+    return HubError(f"{setting} = {reference!r}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0]})")
