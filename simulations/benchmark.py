@@ -172,6 +172,7 @@ def collect(plan: Plan) -> Results:
         part_seconds=round(sum(outcome.seconds for _, outcomes in [*main, *extra] for outcome in outcomes), 1),
         preset=settings.preset,
         settings=to_toml(settings),
+        evaluated_on=settings.data.evaluate_on,
         seeds=list(plan.seeds),
         clients=settings.client_names,
         methods={method.name: _record(method, outcomes) for method, outcomes in main},

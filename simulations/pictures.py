@@ -49,8 +49,8 @@ def mean_routing(record: Record) -> dict[str, np.ndarray]:
     return {test: np.mean([routing[test] for routing in seeds], axis=0) for test in seeds[0]} if seeds else {}
 
 
-def accuracy_picture(methods: Mapping[str, Record]) -> bytes:
-    """Average accuracy of each method with its 95% interval, the best on top."""
+def accuracy_picture(methods: Mapping[str, Record], evaluated_on: str) -> bytes:
+    """Average accuracy of each method on test or validation data with its 95% interval, the best on top."""
     ranked = sorted(methods.items(), key=lambda item: mean_and_deviation(item[1].average)[0])
     figure = Figure(figsize=(WIDTH, 1.3 + 0.27 * len(ranked)), layout="constrained")
     axes = _rows(figure, [name for name, _ in ranked])
@@ -62,7 +62,7 @@ def accuracy_picture(methods: Mapping[str, Record]) -> bytes:
     for kind, (marker, edge, face) in KINDS.items():
         if kind in drawn:
             axes.scatter([], [], s=42, marker=marker, facecolors=face, edgecolors=edge, linewidths=1.4, label=kind)
-    axes.set_xlabel("average accuracy on test data, %")
+    axes.set_xlabel(f"average accuracy on {evaluated_on} data, %")
     axes.margins(x=0.03)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=10)
     return _png(figure)

@@ -133,9 +133,10 @@ def accuracy(results: Results) -> Html:
         return Html()
     reference = results.methods.get(REFERENCE)
     listed = ", ".join(f"{name} {_mean(record.average, 1)}" for name, record in results.methods.items())
-    shown = picture(accuracy_picture(results.methods), f"Average accuracy of each method in percent: {listed}")
+    png = accuracy_picture(results.methods, results.evaluated_on)
+    shown = picture(png, f"Average accuracy of each method in percent: {listed}")
     notes = [
-        "Accuracy on test data in percent, mean over the seeds.",
+        f"Accuracy on {results.evaluated_on} data in percent, mean over the seeds.",
         *([] if len(results.seeds) == 1 else ["± is the standard deviation over the seeds, brackets are 95% intervals."]),
         *([] if reference is None else [f"“{REFERENCE} is better by” is paired seed by seed."]),
         "Bold: the best in its column of the methods in which no private sample leaves a client"

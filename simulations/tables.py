@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
@@ -12,7 +12,7 @@ from common.errors import InputFileError, first_problem
 
 REFERENCE = "metamoe"
 RESULTS = "results.json"
-FORMAT = 1
+FORMAT = 2
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,6 +64,7 @@ class Results(Strict):
     part_seconds: float = Field(description="time of all parts, a method with a seed each, added up")
     preset: str
     settings: str = Field(description="every setting, as TOML")
+    evaluated_on: Literal["validation", "test"]
     seeds: list[int]
     clients: list[str]
     methods: dict[str, Record]
@@ -124,7 +125,7 @@ def markdown(results: Results) -> str:
     """The tables as Markdown: the methods, then each group of ablations."""
     reference = results.methods.get(REFERENCE)
     lines = [
-        f"## Methods, preset {results.preset}",
+        f"## Methods, preset {results.preset}, {results.evaluated_on} data",
         "",
         *table(method_header(results.methods), method_rows(results.methods, reference)),
         "",

@@ -70,6 +70,7 @@ def results(clients: Sequence[str] = DOMAINS, **changes: Any) -> Results:
         "part_seconds": 7_500.0,
         "preset": "glyphs",
         "settings": "[router]\ntop-k = 2\n",
+        "evaluated_on": "test",
         "seeds": [0, 1, 2, 3, 4],
         "clients": list(clients),
         "methods": {
@@ -221,9 +222,9 @@ def test_pictures_show_the_data() -> None:
         return colours(decoded("data:image/png;base64," + base64.b64encode(png).decode()))
 
     methods = results().methods
-    assert {blue, vermilion} <= shown(accuracy_picture(methods))
+    assert {blue, vermilion} <= shown(accuracy_picture(methods, "test"))
     others = {name: method for name, method in methods.items() if name not in ("metamoe", "unrestricted-moe")}
-    assert not {blue, vermilion} & shown(accuracy_picture(others))
+    assert not {blue, vermilion} & shown(accuracy_picture(others, "test"))
     assert blue in shown(gains_picture(results().ablations, methods["metamoe"]))
     # The ends of the colour map are there where a share is 0 and 1.
     sure = record([90.0], routing=[{"digits": [[1.0, 0.0]]}], expert_names=["digits", "seed"])
@@ -244,9 +245,9 @@ def test_numbers_beside_the_dots_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
         return text(axes, x, y, s, *rest, **more)
 
     monkeypatch.setattr(Axes, "text", note)
-    accuracy_picture({"btm": record(BTM), "metamoe": record(METAMOE)})
+    accuracy_picture({"btm": record(BTM), "metamoe": record(METAMOE)}, "validation")
     gains_picture({"a: b": record(BTM, group="a")}, record(METAMOE))
-    accuracy_picture({"btm": record([82.0])})
+    accuracy_picture({"btm": record([82.0])}, "validation")
     gains_picture({"a: b": record([82.0], group="a")}, record([81.0]))
     half = 2.7764 * math.sqrt(2.5) / math.sqrt(5)
     assert written == [
