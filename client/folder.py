@@ -40,7 +40,7 @@ def check_questions(folder: Path) -> FolderReport:
     wrong = []
     for split in _SPLITS:
         try:
-            sizes = [f"{len(choices)} choices" for choices in read_question_folder(folder, split)["choices"]]
+            sizes = [f"{len(choices)} choices" for choices in read_question_folder(folder, split, list_choices=False)["choices"]]
             counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
         except PrivateDataError as error:
             if split != "validation":
@@ -48,8 +48,8 @@ def check_questions(folder: Path) -> FolderReport:
     return FolderReport(counts, wrong)
 
 
-def read_question_folder(folder: Path, split: str) -> Dataset:
-    """The questions of one split; columns as in :mod:`common.data.questions`.
+def read_question_folder(folder: Path, split: str, list_choices: bool) -> Dataset:
+    """The questions of one split; columns, and ``list_choices``, as in :mod:`common.data.questions`.
 
     Raises:
         PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a line is not a
@@ -60,7 +60,7 @@ def read_question_folder(folder: Path, split: str) -> Dataset:
     if file is None:
         raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
     try:
-        questions = read_questions(file)
+        questions = read_questions(file, list_choices)
     except (DataFormatError, InputFileError) as error:
         raise PrivateDataError(str(error)) from error
     if len(questions) == 0:

@@ -27,7 +27,7 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
             "the run is for the clients' own data, but this client has no data-dir in its node config, or it is empty"
         )
     if settings.data.source == "questions":
-        return read_question_folder(site.data, split)
+        return read_question_folder(site.data, split, settings.data.list_choices)
     data = read_folder(site.data, split)
     # A name that not all know is not told by training on it either.
     if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):

@@ -69,6 +69,9 @@ class Data(Section):
         (), description="evaluate on images changed in each of these ways, in place of the images as they are"
     )
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
+    list_choices: bool = Field(
+        True, description="whether a question's prompt lists its choices; very small models learn more where it does not"
+    )
     prompt_tokens: Count = Field(192, description="of a question, at most; the end is kept")
     answer_tokens: Count = Field(32, description="of an answer, at most; the beginning is kept")
 

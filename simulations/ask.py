@@ -53,7 +53,7 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
             raise InputFileError(f"--data {path} has no images; expected are files such as CLASS NAME/1.png")
         samples, source = image_dataset(files, names), "images"
     else:
-        samples, source = read_questions(path), "questions"
+        samples, source = read_questions(path, manifest.list_choices), "questions"
         if not len(samples):
             raise InputFileError(f"--data {path} has no question with a label")
     data = Data(

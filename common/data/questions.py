@@ -1,7 +1,7 @@
 """Questions with several choices, from JSON lines or a hub, in the forms in which such sets are published.
 
-A data set has the columns ``prompt`` (the question as text, with its choices), ``choices`` (their texts) and ``answer`` (index
-of the right one). Instructions with their output are questions with one choice.
+A data set has the columns ``prompt`` (the question as text, with its choices if they are to be listed), ``choices`` (their
+texts) and ``answer`` (index of the right one). Instructions with their output are questions with one choice.
 """
 
 import gzip
@@ -45,7 +45,7 @@ def load_questions(data: Data, name: str, split: str, hub: str) -> Dataset:
         HubError: the hub does not give it.
         DataFormatError: it has other columns or labels.
     """
-    return _parts(data.folder, name, hub)[split]
+    return _parts(data.folder, name, hub, data.list_choices)[split]
 
 
 def with_distractors(held_out: Dataset) -> Dataset:
@@ -61,8 +61,13 @@ def with_distractors(held_out: Dataset) -> Dataset:
     return _dataset(rows)
 
 
-def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
+def question_row(row: Mapping[str, Any], place: str, list_choices: bool) -> dict[str, Any] | None:
     """A question out of a row in one of the forms in which they are published; None if it has no label.
+
+    Args:
+        row: of the published set.
+        place: of the row, for errors.
+        list_choices: whether its prompt lists the choices, where there are several.
 
     Raises:
         DataFormatError: names the place and what is wrong.
@@ -71,7 +76,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
     if "instruction" in row and "output" in row:
         given = _text(row, "input", place) if "input" in row else ""
         asked = "\n".join(filter(None, (_text(row, "instruction", place), given)))
-        return _question("", asked, [_text(row, "output", place)], 0)
+        return _question("", asked, [_text(row, "output", place)], 0, list_choices=False)
     choices: Any = row.get("choices")
     key: Any = row.get("answer")
     names: list[Any] = []
@@ -90,11 +95,11 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
     names = names or list(range(len(choices)))
     if isinstance(key, bool) or key not in names or len(names) != len(choices):
         raise DataFormatError(f"{place}: the answer {key!r} is none of {names}")
-    return _question(context, _text(row, "question", place), choices, names.index(key))
+    return _question(context, _text(row, "question", place), choices, names.index(key), list_choices)
 
 
-def _question(context: str, question: str, choices: Sequence[str], answer: int) -> dict[str, Any]:
-    listed = [f"- {choice.strip()}" for choice in choices] if len(choices) > 1 else []
+def _question(context: str, question: str, choices: Sequence[str], answer: int, list_choices: bool) -> dict[str, Any]:
+    listed = [f"- {choice.strip()}" for choice in choices] if list_choices and len(choices) > 1 else []
     lines = [*filter(None, (context.strip(), question.strip())), *listed, "Answer:"]
     return {"prompt": "\n".join(lines), "choices": [choice.strip() for choice in choices], "answer": answer}
 
@@ -106,8 +111,9 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
-def read_questions(file: Path) -> Dataset:
-    """The labelled questions of a file of JSON lines, which may be compressed (.gz).
+def read_questions(file: Path, list_choices: bool) -> Dataset:
+    """The labelled questions of a file of JSON lines, which may be compressed (.gz); ``list_choices`` as in
+    :func:`question_row`.
 
     Raises:
         InputFileError: it cannot be read.
@@ -118,7 +124,8 @@ def read_questions(file: Path) -> Dataset:
         with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    rows.append(question_row(_object(line, f"{file}, line {number}"), f"{file}, line {number}"))
+                    place = f"{file}, line {number}"
+                    rows.append(question_row(_object(line, place), place, list_choices))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputFileError(f"{file} cannot be read: {error}") from error
     return _dataset(rows)
@@ -141,8 +148,8 @@ def _object(line: str, place: str) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _parts(folder: str, name: str, hub: str) -> dict[str, Dataset]:
-    found = _from_folder(Path(folder) / name) if folder else _from_hub(hub)
+def _parts(folder: str, name: str, hub: str, list_choices: bool) -> dict[str, Dataset]:
+    found = _from_folder(Path(folder) / name, list_choices) if folder else _from_hub(hub, list_choices)
     found = {part: data for part, data in found.items() if len(data)}
     if not found:
         raise InputFileError(f"{Path(folder) / name if folder else hub} has no question with a label")
@@ -161,23 +168,23 @@ def _parts(folder: str, name: str, hub: str) -> dict[str, Dataset]:
     return {"train": train_data, "validation": validation, "test": test_data}
 
 
-def _from_folder(folder: Path) -> dict[str, Dataset]:
+def _from_folder(folder: Path, list_choices: bool) -> dict[str, Dataset]:
     files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern))
     named = {part: file for file in files for part in _PARTS if file.name.split(".")[0] == part}
     if "train" in named and len(named) == len(files):
-        return {part: read_questions(file) for part, file in named.items()}
+        return {part: read_questions(file, list_choices) for part, file in named.items()}
     if len(files) != 1:
         raise InputFileError(
             f"{folder} has {len(files)} files of JSON lines; expected are train.jsonl with test.jsonl or validation.jsonl, or "
             "a single file of any name (each may end in .gz)"
         )
-    return {"train": read_questions(files[0])}
+    return {"train": read_questions(files[0], list_choices)}
 
 
-def _from_hub(hub: str) -> dict[str, Dataset]:
+def _from_hub(hub: str, list_choices: bool) -> dict[str, Dataset]:
     found = load_from_hub(hub)
     return {
-        part: _dataset([question_row(row, f"{hub}, {part}, row {i}") for i, row in enumerate(found[part])])
+        part: _dataset([question_row(row, f"{hub}, {part}, row {i}", list_choices) for i, row in enumerate(found[part])])
         for part in _PARTS
         if part in found
     }

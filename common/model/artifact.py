@@ -24,7 +24,7 @@ from common.model.lora import Expert, load_adapter, save_adapter
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.seed import Seed, load_seed
 
-FORMAT = 3
+FORMAT = 4
 _MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
@@ -55,6 +55,7 @@ class Manifest(BaseModel):
     lora: config.Lora
     router: config.Router
     prompt: str
+    list_choices: bool
     prompt_tokens: int
     answer_tokens: int
     classes: list[str]
@@ -107,6 +108,7 @@ def save_model(
             lora=settings.lora,
             router=settings.router,
             prompt=settings.data.prompt,
+            list_choices=settings.data.list_choices,
             prompt_tokens=settings.data.prompt_tokens,
             answer_tokens=settings.data.answer_tokens,
             classes=classes,
