@@ -40,7 +40,8 @@ def check_questions(folder: Path) -> FolderReport:
     wrong = []
     for split in _SPLITS:
         try:
-            sizes = [f"{len(choices)} choices" for choices in read_question_folder(folder, split, list_choices=False)["choices"]]
+            questions = read_question_folder(folder, split, list_choices=False)
+            sizes = [f"{len(choices)} choices" for choices in questions["choices"]]
             counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
         except PrivateDataError as error:
             if split != "validation":
