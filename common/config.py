@@ -68,6 +68,9 @@ class Data(Section):
     test_corruptions: tuple[Literal["blur", "noise", "inversion"], ...] = Field(
         (), description="evaluate on images changed in each of these ways, in place of the images as they are"
     )
+    workers: int = Field(
+        0, ge=0, description="processes beside each one that decode images, so that a GPU need not wait; 0 is none"
+    )
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
     list_choices: bool = Field(
         True, description="whether a question's prompt lists its choices; very small models learn more where it does not"

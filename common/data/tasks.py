@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common import config
 from common.data.text import Question, Targets, packed, prompt_batches, tokenised
@@ -173,7 +174,7 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence[Dataset], space
     """
     check_seed(seed, data)
     if seed.is_image_model:
-        pixels = torch.cat([all_pixels(seed, part) for part in datasets])
+        pixels = torch.cat([all_pixels(seed, part, data.workers) for part in datasets])
         return ImageSamples(
             pixels, torch.cat([labels_in(part, space) for part in datasets]), text_features(seed, space, data.prompt)
         )
@@ -204,7 +205,7 @@ def check_seed(seed: Seed, data: config.Data) -> None:
 def input_batches(seed: Seed, data: config.Data, dataset: Dataset) -> Iterator[Inputs]:
     """What the seed sees of a data set, in order: images, or prompts without any choice's continuation."""
     if seed.is_image_model:
-        return batches(seed, dataset)
+        return batches(seed, dataset, workers=data.workers)
     return prompt_batches(tokenised(seed.tokenizer, data, dataset))
 
 
@@ -213,15 +214,22 @@ def pixel_values(seed: Seed, images: Sequence[object]) -> Tensor:
     return seed.processor(images=list(images), return_tensors="pt")["pixel_values"]
 
 
-def batches(seed: Seed, dataset: Dataset, size: int = _BATCH) -> Iterator[Tensor]:
-    """A data set's images in order, ``size`` at a time. float32 [<= size, 3, H, W]."""
-    for start in range(0, len(dataset), size):
-        yield pixel_values(seed, dataset[start : start + size]["image"])
+def batches(seed: Seed, dataset: Dataset, size: int = _BATCH, workers: int = 0) -> Iterator[Tensor]:
+    """A data set's images in order, ``size`` at a time, decoded ahead of their use by ``workers`` processes; by none, here.
+    float32 [<= size, 3, H, W].
+    """
+    # Its own generator: a loader draws from it, and the run's random numbers must not depend on that.
+    loader = DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_collated, seed), generator=torch.Generator())
+    yield from loader
 
 
-def all_pixels(seed: Seed, dataset: Dataset) -> Tensor:
+def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
+    return pixel_values(seed, [row["image"] for row in rows])
+
+
+def all_pixels(seed: Seed, dataset: Dataset, workers: int = 0) -> Tensor:
     """All images of a small data set, decoded once. float32 [N, 3, H, W]."""
-    return torch.cat(list(batches(seed, dataset)))
+    return torch.cat(list(batches(seed, dataset, workers=workers)))
 
 
 def class_names(dataset: Dataset) -> list[str]:

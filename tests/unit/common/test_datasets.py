@@ -2,13 +2,14 @@ import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from common.config import validated
+from common.config import Settings, validated
 from common.data import glyphs
 from common.data.datasets import (
     check_domains,
@@ -21,7 +22,9 @@ from common.data.datasets import (
     load_public,
     partition,
 )
+from common.data.tasks import batches
 from common.errors import EmptyPartitionError, InvalidSettingError
+from common.model.seed import Seed
 
 DATA = validated({}).data
 
@@ -166,3 +169,13 @@ def test_fingerprint_sees_pixels_labels_names_and_order() -> None:
     assert fingerprint(dataset([1, 2], [0, 1])) == base
     others = [dataset([1, 3], [0, 1]), dataset([1, 2], [1, 1]), dataset([2, 1], [1, 0]), dataset([1, 2], [0, 1], ("a", "c"))]
     assert len({base, *map(fingerprint, others)}) == 5
+
+
+def test_images_decoded_by_workers_are_the_same_and_in_order(seed: Seed, settings: Settings) -> None:
+    data = load_private(settings, 0, "train").select(range(50))
+    torch.manual_seed(3)
+    here, ahead = list(batches(seed, data, 16)), list(batches(seed, data, 16, workers=2))
+    # The run's own random numbers are untouched.
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    assert [len(part) for part in ahead] == [16, 16, 16, 2]
+    assert all(torch.equal(*parts) for parts in zip(here, ahead, strict=True))
