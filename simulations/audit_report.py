@@ -66,8 +66,8 @@ def federation_page(
         tag("h2", "Clients"),
         table(header, rows),
         tag("h2", "The server's ledger"),
-        tag("p", f"{len(server.of(Arrival))} arrivals, {len(server.runs)} runs, key {server.key}." if server else "Not here."),
-        tag("h2", "What the clients sent, and what it means"),
+        tag("p", f"Arrivals: {len(server.of(Arrival))}. Runs: {len(server.runs)}. Key: {server.key}." if server else "Not here."),
+        tag("h2", "What all clients together sent, and what it means"),
         _explained([intent for client in clients for intent in client.of(Intent)]),
     ]
     return document("What the clients of this federation sent", *parts)
