@@ -198,6 +198,16 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "router.proxy-weights=equal",
             "router.seed-expert=false",
         ),
+        "means of proxies by relevance alone, without seed": (
+            "router.vectors=proxy",
+            "proxies.selection=relevance",
+            "router.seed-expert=false",
+        ),
+        "means of random proxies, without seed": (
+            "router.vectors=proxy",
+            "proxies.selection=random",
+            "router.seed-expert=false",
+        ),
     },
     "supervision": {
         "untrained": ("router-training.supervision=none",),
