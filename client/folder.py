@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from common.config import ListChoices
 from common.data.images import class_folders, image_dataset, image_files, readable
 from common.data.questions import read_questions
 from common.errors import DataFormatError, InputFileError, PrivateDataError
@@ -40,7 +41,7 @@ def check_questions(folder: Path) -> FolderReport:
     wrong = []
     for split in _SPLITS:
         try:
-            questions = read_question_folder(folder, split, list_choices=False)
+            questions = read_question_folder(folder, split, "always")
             sizes = [f"{len(choices)} choices" for choices in questions["choices"]]
             counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
         except PrivateDataError as error:
@@ -49,7 +50,7 @@ def check_questions(folder: Path) -> FolderReport:
     return FolderReport(counts, wrong)
 
 
-def read_question_folder(folder: Path, split: str, list_choices: bool) -> Dataset:
+def read_question_folder(folder: Path, split: str, list_choices: ListChoices) -> Dataset:
     """The questions of one split; columns, and ``list_choices``, as in :mod:`common.data.questions`.
 
     Raises:

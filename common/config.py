@@ -34,6 +34,9 @@ class Section(BaseModel):
     )
 
 
+ListChoices = Literal["always", "where-needed"]
+
+
 class Data(Section):
     """Where the public set and the private domains come from."""
 
@@ -72,8 +75,10 @@ class Data(Section):
         0, ge=0, description="processes beside each one that decode images, so that a GPU need not wait; 0 is none"
     )
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
-    list_choices: bool = Field(
-        True, description="whether a question's prompt lists its choices; very small models learn more where it does not"
+    list_choices: ListChoices = Field(
+        "always",
+        description="in a question's prompt; where-needed: only if one of them speaks of the others (none of the above), from "
+        "which very small models learn more",
     )
     prompt_tokens: Count = Field(192, description="of a question, at most; the end is kept")
     answer_tokens: Count = Field(32, description="of an answer, at most; the beginning is kept")

@@ -66,7 +66,9 @@ def federation_page(
         tag("h2", "Clients"),
         table(header, rows),
         tag("h2", "The server's ledger"),
-        tag("p", f"Arrivals: {len(server.of(Arrival))}. Runs: {len(server.runs)}. Key: {server.key}." if server else "Not here."),
+        tag(
+            "p", f"Arrivals: {len(server.of(Arrival))}. Runs: {len(server.runs)}. Key: {server.key}." if server else "Not here."
+        ),
         tag("h2", "What all clients together sent, and what it means"),
         _explained([intent for client in clients for intent in client.of(Intent)]),
     ]

@@ -6,6 +6,7 @@ texts) and ``answer`` (index of the right one). Instructions with their output a
 
 import gzip
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from common.config import Data
+from common.config import Data, ListChoices
 from common.data.hub import load_from_hub
 from common.errors import DataFormatError, InputFileError
 
@@ -22,6 +23,7 @@ FEATURES = Features({"prompt": Value("string"), "choices": List(Value("string"))
 _PARTS = ("train", "validation", "test")
 _TRAIN_SHARE, _VALIDATION_SHARE = 0.8, 0.1
 _DISTRACTORS = 3
+_NEEDS_LIST = re.compile(r"\b(none|all|any|both|either|neither) of the above\b", re.IGNORECASE)
 _FORMS = (
     "context, question, choices (a list), answer (an index); question, choices (text, label), answerKey; context, question, "
     "answer0 to answer3, label; context, question, answerA to answerC, label; instruction, input, output"
@@ -61,13 +63,14 @@ def with_distractors(held_out: Dataset) -> Dataset:
     return _dataset(rows)
 
 
-def question_row(row: Mapping[str, Any], place: str, list_choices: bool) -> dict[str, Any] | None:
+def question_row(row: Mapping[str, Any], place: str, list_choices: ListChoices) -> dict[str, Any] | None:
     """A question out of a row in one of the forms in which they are published; None if it has no label.
 
     Args:
         row: of the published set.
         place: of the row, for errors.
-        list_choices: whether its prompt lists the choices, where there are several.
+        list_choices: when its prompt lists the choices, of which there are several: always, or where one of them speaks of the
+            others.
 
     Raises:
         DataFormatError: names the place and what is wrong.
@@ -76,7 +79,7 @@ def question_row(row: Mapping[str, Any], place: str, list_choices: bool) -> dict
     if "instruction" in row and "output" in row:
         given = _text(row, "input", place) if "input" in row else ""
         asked = "\n".join(filter(None, (_text(row, "instruction", place), given)))
-        return _question("", asked, [_text(row, "output", place)], 0, list_choices=False)
+        return _question("", asked, [_text(row, "output", place)], 0, listed=False)
     choices: Any = row.get("choices")
     key: Any = row.get("answer")
     names: list[Any] = []
@@ -95,12 +98,16 @@ def question_row(row: Mapping[str, Any], place: str, list_choices: bool) -> dict
     names = names or list(range(len(choices)))
     if isinstance(key, bool) or key not in names or len(names) != len(choices):
         raise DataFormatError(f"{place}: the answer {key!r} is none of {names}")
-    return _question(context, _text(row, "question", place), choices, names.index(key), list_choices)
+    listed = len(choices) > 1 and (list_choices == "always" or any(map(_NEEDS_LIST.search, choices)))
+    return _question(context, _text(row, "question", place), choices, names.index(key), listed)
 
 
-def _question(context: str, question: str, choices: Sequence[str], answer: int, list_choices: bool) -> dict[str, Any]:
-    listed = [f"- {choice.strip()}" for choice in choices] if list_choices and len(choices) > 1 else []
-    lines = [*filter(None, (context.strip(), question.strip())), *listed, "Answer:"]
+def _question(context: str, question: str, choices: Sequence[str], answer: int, listed: bool) -> dict[str, Any]:
+    lines = [
+        *filter(None, (context.strip(), question.strip())),
+        *(f"- {choice.strip()}" for choice in choices if listed),
+        "Answer:",
+    ]
     return {"prompt": "\n".join(lines), "choices": [choice.strip() for choice in choices], "answer": answer}
 
 
@@ -111,7 +118,7 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
-def read_questions(file: Path, list_choices: bool) -> Dataset:
+def read_questions(file: Path, list_choices: ListChoices) -> Dataset:
     """The labelled questions of a file of JSON lines, which may be compressed (.gz); ``list_choices`` as in
     :func:`question_row`.
 
@@ -148,7 +155,7 @@ def _object(line: str, place: str) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _parts(folder: str, name: str, hub: str, list_choices: bool) -> dict[str, Dataset]:
+def _parts(folder: str, name: str, hub: str, list_choices: ListChoices) -> dict[str, Dataset]:
     found = _from_folder(Path(folder) / name, list_choices) if folder else _from_hub(hub, list_choices)
     found = {part: data for part, data in found.items() if len(data)}
     if not found:
@@ -168,7 +175,7 @@ def _parts(folder: str, name: str, hub: str, list_choices: bool) -> dict[str, Da
     return {"train": train_data, "validation": validation, "test": test_data}
 
 
-def _from_folder(folder: Path, list_choices: bool) -> dict[str, Dataset]:
+def _from_folder(folder: Path, list_choices: ListChoices) -> dict[str, Dataset]:
     files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern))
     named = {part: file for file in files for part in _PARTS if file.name.split(".")[0] == part}
     if "train" in named and len(named) == len(files):
@@ -181,7 +188,7 @@ def _from_folder(folder: Path, list_choices: bool) -> dict[str, Dataset]:
     return {"train": read_questions(files[0], list_choices)}
 
 
-def _from_hub(hub: str, list_choices: bool) -> dict[str, Dataset]:
+def _from_hub(hub: str, list_choices: ListChoices) -> dict[str, Dataset]:
     found = load_from_hub(hub)
     return {
         part: _dataset([question_row(row, f"{hub}, {part}, row {i}", list_choices) for i, row in enumerate(found[part])])

@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     lora: config.Lora
     router: config.Router
     prompt: str
-    list_choices: bool
+    list_choices: config.ListChoices
     prompt_tokens: int
     answer_tokens: int
     classes: list[str]

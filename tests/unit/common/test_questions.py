@@ -28,27 +28,30 @@ OURS = {"context": "", "question": "What is wet?", "choices": ["fire", "water"],
 )
 def test_every_form_gives_the_same_question(row: dict) -> None:
     expected = {"prompt": "What is wet?\n- fire\n- water\nAnswer:", "choices": ["fire", "water"], "answer": 1}
-    assert question_row(row, "here", list_choices=True) == expected
+    assert question_row(row, "here", "always") == expected
 
 
 def test_the_forms_of_cosmosqa_socialiqa_and_alpaca() -> None:
     cosmos = {"context": "It rained.", "question": "Why?", "label": 2} | {f"answer{i}": f"answer {i}" for i in range(4)}
     social = {"context": "It rained.", "question": "Why?", "label": "3"} | {f"answer{c}": f"answer {c}" for c in "ABC"}
-    first, second = question_row(cosmos, "here", list_choices=True), question_row(social, "here", list_choices=True)
+    first, second = question_row(cosmos, "here", "always"), question_row(social, "here", "always")
     assert first is not None
     assert second is not None
     assert (first["answer"], len(first["choices"])) == (2, 4)
     assert (second["answer"], second["choices"][2]) == (2, "answer C")
     assert first["prompt"].startswith("It rained.\nWhy?\n- answer 0\n")
-    unlisted = question_row(social, "here", list_choices=False)
+    unlisted = question_row(social, "here", "where-needed")
     assert unlisted == second | {"prompt": "It rained.\nWhy?\nAnswer:"}
-    told = question_row({"instruction": "Name a fish.", "input": "", "output": "Pike"}, "here", list_choices=True)
+    # What speaks of the other choices makes no sense without them.
+    spoken = cosmos | {"answer3": "None of the above choices ."}
+    assert question_row(spoken, "here", "where-needed") == question_row(spoken, "here", "always")
+    told = question_row({"instruction": "Name a fish.", "input": "", "output": "Pike"}, "here", "always")
     assert told == {"prompt": "Name a fish.\nAnswer:", "choices": ["Pike"], "answer": 0}
 
 
 @pytest.mark.parametrize("row", [OURS | {"answer": -1}, OURS | {"answer": ""}])
 def test_a_question_without_a_label_is_left_out(row: dict) -> None:
-    assert question_row(row, "here", list_choices=True) is None
+    assert question_row(row, "here", "always") is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_a_question_without_a_label_is_left_out(row: dict) -> None:
 )
 def test_what_is_no_question_is_named(row: dict, message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
-        question_row(row, "here", list_choices=True)
+        question_row(row, "here", "always")
 
 
 values = st.recursive(
@@ -82,7 +85,7 @@ names = st.sampled_from(
 @given(st.dictionaries(names, values, max_size=8))
 def test_any_row_is_a_question_or_refused(row: dict) -> None:
     try:
-        question = question_row(row, "here", list_choices=True)
+        question = question_row(row, "here", "always")
     except DataFormatError:
         return
     if question is not None:
@@ -96,7 +99,7 @@ def test_any_bytes_are_questions_or_refused(tmp_path_factory: pytest.TempPathFac
     file = tmp_path_factory.mktemp("lines") / "train.jsonl"
     file.write_bytes(content)
     with contextlib.suppress(DataFormatError, InputFileError):
-        assert len(read_questions(file, list_choices=True)) >= 0
+        assert len(read_questions(file, "always")) >= 0
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> None:
@@ -139,7 +142,7 @@ def test_missing_files_and_bad_lines_are_named(tmp_path: Path) -> None:
 
 def test_held_out_instructions_have_the_outputs_of_three_others_beside_their_own(tmp_path: Path) -> None:
     write(tmp_path, "told.jsonl", [{"instruction": f"Say {i}", "input": "", "output": f"{i}"} for i in range(9)])
-    questions = with_distractors(read_questions(tmp_path / "told.jsonl", list_choices=True))
+    questions = with_distractors(read_questions(tmp_path / "told.jsonl", "always"))
     for row, question in enumerate(questions):
         assert len(set(question["choices"])) == 4
         assert question["choices"][question["answer"]] == f"{row}"
