@@ -1,6 +1,6 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, bytes, audit, scale.
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, bytes, audit, scale.
 """
 
 import json
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.audit import audit_cost
-from benchmarks.forward import forward_cost
+from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
 from common.files import write_json
@@ -25,6 +25,7 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
         ("selection, as many items as ImageNet has", imagenet_cost),
     ],
     "forward": [("forward passes", forward_cost)],
+    "compile": [("forward passes, compiled", compiled_cost)],
     "bytes": [("bytes that a client sends", bytes_up)],
     "audit": [("a run of preset glyphs, a few minutes", audit_cost)],
     "scale": [("1,000 clients, some minutes", many_clients), ("1, 10 and 100 clients that train, some minutes", more_clients)],

@@ -43,6 +43,23 @@ def forward_cost(repeats: int = 7) -> dict[str, Row]:
     return rows
 
 
+def compiled_cost(repeats: int = 5) -> dict[str, Row]:
+    """The same with 3 experts, top-1, compiled by ``torch.compile``, beside itself as it is. Compiling is not counted."""
+    rows: dict[str, Row] = {}
+    for name, seed, inputs in (_clip(), _llama()):
+        unified = _unified(seed, 3, 1)
+        compiled = torch.compile(unified)
+        with torch.inference_mode():
+            compiled(inputs)
+        rows |= _compared(
+            f"{name}, 3 experts, top-1, compiled",
+            lambda model=compiled, x=inputs: model(x)[0],
+            lambda model=unified, x=inputs: model(x)[0],
+            repeats,
+        )
+    return rows
+
+
 def _llama() -> tuple[str, Seed, Inputs]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 1_000}
