@@ -44,7 +44,11 @@ def forward_cost(repeats: int = 7) -> dict[str, Row]:
 
 
 def compiled_cost(repeats: int = 5) -> dict[str, Row]:
-    """The same with 3 experts, top-1, compiled by ``torch.compile``, beside itself as it is. Compiling is not counted."""
+    """The unified model of :func:`forward_cost` with 3 experts, top-1, compiled by ``torch.compile``, beside itself as it is.
+
+    Args:
+        repeats: passes of each, in turn, of which the fastest counts. Compiling is not counted.
+    """
     rows: dict[str, Row] = {}
     for name, seed, inputs in (_clip(), _llama()):
         unified = _unified(seed, 3, 1)

@@ -375,10 +375,10 @@ def _project(plan: Plan) -> None:
 
 
 def _training_key(settings: Settings) -> str:
-    """Hash of what decides a trained model: all settings but those that only say what it is evaluated on, the seed, and
-    the code, as far as ``_CODE`` is kept true.
+    """Hash of what decides a trained model: all settings but those that say what it is evaluated on and who decodes images, the
+    seed, and the code, as far as ``_CODE`` is kept true.
     """
-    made_of = settings.model_dump(mode="json", exclude={"preset": True, "data": {"test_corruptions", "evaluate_on"}})
+    made_of = settings.model_dump(mode="json", exclude={"preset": True, "data": {"test_corruptions", "evaluate_on", "workers"}})
     return _hash((made_of, load_seed(settings.seed_model).fingerprint, torch.__version__, _CODE))
 
 

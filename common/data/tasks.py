@@ -219,8 +219,8 @@ def batches(seed: Seed, dataset: Dataset, size: int = _BATCH, workers: int = 0) 
     float32 [<= size, 3, H, W].
     """
     # Its own generator: a loader draws from it, and the run's random numbers must not depend on that.
-    loader = DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_collated, seed), generator=torch.Generator())
-    yield from loader
+    own = torch.Generator()
+    return iter(DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_collated, seed), generator=own))
 
 
 def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
