@@ -51,7 +51,7 @@ def train_with_privacy(
 
     privacy = settings.privacy
     texts = text_features(seed, space, settings.data.prompt)
-    pixels, labels = all_pixels(seed, private), labels_in(private, space)
+    pixels, labels = all_pixels(seed, [private]), labels_in(private, space)
     model = with_lora(seed, settings.lora, start)
     observed = GradSampleModule(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

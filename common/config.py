@@ -174,6 +174,11 @@ class Router(Section):
     seed_log_odds: float = Field(
         -8.0, allow_inf_nan=False, description="prior log-odds of the seed against an expert, for Fisher rows"
     )
+    temperature: Positive = Field(
+        1.0,
+        description="divides the experts' scores among themselves, not against the seed's: above 1, experts that know much the "
+        "same share a sample more evenly",
+    )
     top_k: Count = 2
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")

@@ -23,7 +23,7 @@ from common.model.lora import expert_shapes
 from common.model.routing import all_evidence_paths, evidence_paths
 from common.model.seed import Seed, load_seed
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}

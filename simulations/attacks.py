@@ -22,7 +22,7 @@ from client.site import Site
 from common.compute import derived_seed, threads
 from common.config import Settings, load_settings
 from common.data.datasets import label_space, load_private, load_public
-from common.data.tasks import all_pixels, class_logits, class_names, input_batches, labels_in, text_features
+from common.data.tasks import all_pixels, batches, class_logits, class_names, input_batches, labels_in, text_features
 from common.errors import InputFileError
 from common.files import read_json
 from common.model.inputs import embed
@@ -173,7 +173,7 @@ def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset
     names = class_names(private)
     texts = text_features(seed, names, settings.data.prompt)
     with torch.inference_mode():
-        logits = class_logits(seed.model, embed(seed.model, all_pixels(seed, proxies)), texts)
+        logits = class_logits(seed.model, embed(seed.model, all_pixels(seed, [proxies])), texts)
     guessed = np.bincount(logits.argmax(1).numpy(), minlength=len(names))
     true = np.bincount(np.asarray(private["label"]), minlength=len(names))
     flat = true.std() == 0 or guessed.std() == 0
@@ -186,7 +186,7 @@ def confidence(seed: Seed, settings: Settings, expert: Expert, data: Dataset, pr
     texts = text_features(seed, space, settings.data.prompt)
     model, labels = with_lora(seed, settings.lora, expert), labels_in(data, space)
     with torch.inference_mode():
-        scores = torch.cat([class_logits(model, embed(model, batch), texts) for batch in all_pixels(seed, data).split(256)])
+        scores = torch.cat([class_logits(model, embed(model, batch), texts) for batch in batches(seed, data)])
     log_p = F.log_softmax(scores.double(), dim=1)[torch.arange(len(labels)), labels]
     return (log_p - torch.log(-torch.expm1(log_p).clamp(max=-1e-12))).numpy()
 

@@ -162,7 +162,7 @@ def run_part(plan: Plan, method: Method, seed: int) -> None:
 def collect(plan: Plan) -> Results:
     """Everything of a preset that is done for all seeds of a plan, as results."""
     settings = plan.settings(None, plan.seeds[0])
-    main, extra = list(_done(plan, main_methods(settings))), list(_done(plan, ablations()))
+    main, extra = list(_done(plan, main_methods(settings))), list(_done(plan, ablations(settings)))
     first = next((outcomes[0] for method, outcomes in main if method.name == REFERENCE), None)
     return Results(
         format=FORMAT,
@@ -197,12 +197,10 @@ def _done(plan: Plan, methods: Sequence[Method]) -> Iterator[tuple[Method, list[
     for method in methods:
         try:
             files = [plan.file(method, seed) for seed in plan.seeds]
-            # A switch that the preset itself has set is no ablation.
-            same = method.group and method.use == "unified" and plan.settings(method, 0) == plan.settings(None, 0)
         except MetaMoEError:
             # Its settings do not go with this preset, so it was never run.
             continue
-        if not same and all(file.is_file() for file in files):
+        if all(file.is_file() for file in files):
             yield method, [Outcome(**json.loads(file.read_text())) for file in files]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from common.config import Settings
+from common.config import Settings, changed
 from common.errors import InvalidSettingError
 
 Use = Literal["seed", "expert", "oracle", "ensemble", "soup", "unified", "pooled", "fedavg"]
@@ -36,7 +36,7 @@ class Method:
     group: str = ""
 
 
-_PER_LAYER = ("router.decide=per-layer", "router.evidence=layer", "router.seed-expert=false")
+_PER_LAYER = ("router.decide=per-layer", "router.evidence=layer", "router.seed-expert=false", "router.temperature=1")
 # Experts as they are, with nothing decided about proxies or router.
 _EXPERTS_ONLY = (
     "expert-training.samples=private",
@@ -219,6 +219,7 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "top-2, Eq. 6": ("router.renormalise=false",),
         "top-3": ("router.top-k=3",),
     },
+    "temperature": {"1": ("router.temperature=1",), "5": ("router.temperature=5",)},
     "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
     "privacy": {
         "vectors at epsilon 1": ("privacy.vectors=gaussian", "privacy.epsilon=1"),
@@ -245,8 +246,8 @@ _MERGED = (
 )
 
 
-def ablations() -> list[Method]:
-    """All ablations: metamoe with other switches, one question a group."""
+def ablations(settings: Settings) -> list[Method]:
+    """All ablations: metamoe with other switches, one question a group; without those that these settings have set already."""
     switched = [
         Method(f"{group}: {name}", "unified", "metamoe with " + ", ".join(settings), settings, group=group)
         for group, members in _ABLATIONS.items()
@@ -262,7 +263,15 @@ def ablations() -> list[Method]:
         )
         for name, settings in _FROM_PAPER.items()
     ]
-    return [*switched, *taken, *_MERGED]
+    return [method for method in (*switched, *taken, *_MERGED) if not method.settings or _changes(settings, method)]
+
+
+def _changes(settings: Settings, method: Method) -> bool:
+    try:
+        return changed(settings, method.settings) != settings
+    except InvalidSettingError:
+        # It does not go with these settings, which is said when it is to be run.
+        return True
 
 
 def chosen(settings: Settings, methods: Sequence[str], groups: Sequence[str]) -> list[Method]:
@@ -271,7 +280,7 @@ def chosen(settings: Settings, methods: Sequence[str], groups: Sequence[str]) ->
     Raises:
         InvalidSettingError: there is no such method or group; lists those there are.
     """
-    main, extra = main_methods(settings), ablations()
+    main, extra = main_methods(settings), ablations(settings)
     _check("method", methods, [method.name for method in main])
     _check("ablation", groups, list(dict.fromkeys(method.group for method in extra)))
     return [

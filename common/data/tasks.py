@@ -174,7 +174,7 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence[Dataset], space
     """
     check_seed(seed, data)
     if seed.is_image_model:
-        pixels = torch.cat([all_pixels(seed, part, data.workers) for part in datasets])
+        pixels = all_pixels(seed, datasets, data.workers)
         return ImageSamples(
             pixels, torch.cat([labels_in(part, space) for part in datasets]), text_features(seed, space, data.prompt)
         )
@@ -227,9 +227,17 @@ def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
     return pixel_values(seed, [row["image"] for row in rows])
 
 
-def all_pixels(seed: Seed, dataset: Dataset, workers: int = 0) -> Tensor:
-    """All images of a small data set, decoded once. float32 [N, 3, H, W]."""
-    return torch.cat(list(batches(seed, dataset, workers=workers)))
+def all_pixels(seed: Seed, datasets: Sequence[Dataset], workers: int = 0) -> Tensor:
+    """All images of small data sets one after the other, decoded once. float32 [N, 3, H, W]."""
+    vision = seed.model.config.vision_config
+    pixels = torch.empty(sum(map(len, datasets)), vision.num_channels, vision.image_size, vision.image_size)
+    # Filled, not joined, which would need them twice.
+    done = 0
+    for dataset in datasets:
+        for batch in batches(seed, dataset, workers=workers):
+            pixels[done : done + len(batch)] = batch
+            done += len(batch)
+    return pixels
 
 
 def class_names(dataset: Dataset) -> list[str]:

@@ -24,7 +24,7 @@ from common.model.lora import Expert, load_adapter, save_adapter
 from common.model.moe import RouterWeights, UnifiedModel
 from common.model.seed import Seed, load_seed
 
-FORMAT = 4
+FORMAT = 5
 _MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 

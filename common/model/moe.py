@@ -158,15 +158,18 @@ class Router(nn.Module):
 
     z~_t = (1 - lambda) z_t + lambda z_x with z_x the mean of the layer's own inputs over the sequence, and
     pi(z_t) = softmax(z~_t W^T + b) over the K experts. W holds routing vectors (b = 0: the paper) or Fisher rows. z_t is the
-    layer's input (the paper) or that of every layer up to it, side by side.
+    layer's input (the paper) or that of every layer up to it, side by side. With a temperature T, the
+    experts share what the seed leaves of pi by softmax(scores / T) among themselves.
     """
 
-    def __init__(self, weights: RouterWeights, learn_biases: bool, learn_context: bool) -> None:
+    def __init__(self, weights: RouterWeights, settings: config.Router) -> None:
         super().__init__()
+        learn_biases, learn_context = settings.rows != "dot", settings.learn_context
         self.rows = nn.Parameter(torch.tensor(weights.rows, dtype=torch.float32))
         self.biases = nn.Parameter(torch.tensor(weights.biases, dtype=torch.float32), requires_grad=learn_biases)
         self.context = nn.Parameter(torch.tensor(weights.context, dtype=torch.float32), requires_grad=learn_context)
         self._context_alone = weights.context == 1 and not learn_context
+        self._temperature, self._experts = settings.temperature, len(weights.rows) - settings.seed_expert
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """log pi [B, T, K] of tokens z [B, T, E d] in their context, [B, 1, E d] or [B, T, E d]; without one, in the mean of
@@ -178,7 +181,12 @@ class Router(nn.Module):
         with full_precision(z.device):
             z, context = z.float(), context.float()
             mixed = context if self._context_alone else (1 - self.context) * z + self.context * context
-            return torch.log_softmax(mixed @ self.rows.T + self.biases, dim=-1)
+            scores = mixed @ self.rows.T + self.biases
+            if self._temperature != 1:
+                experts, seed = scores[..., : self._experts], scores[..., self._experts :]
+                shares = torch.log_softmax(experts / self._temperature, dim=-1)
+                scores = torch.cat([experts.logsumexp(dim=-1, keepdim=True) + shares, seed], dim=-1)
+            return torch.log_softmax(scores, dim=-1)
 
     def weights(self) -> RouterWeights:
         """The router as it is now."""
@@ -340,7 +348,7 @@ class UnifiedModel(nn.Module):
         for i, path in enumerate(self.paths):
             layer = MoELayer(self.backbone.get_submodule(path), experts, path, lora, router)
             if i < len(routers):
-                layer.router = Router(routers[i], router.rows != "dot", router.learn_context)
+                layer.router = Router(routers[i], router)
             self.backbone.set_submodule(path, layer)
         self._observed: list[ObservedFFN] = []
         for path in evidence_paths(seed, lora, router)[0]:

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import CLIPModel
 
+from common import config
 from common.config import Settings, validated
 from common.model import moe
 from common.model.inputs import embed, masked_mean
@@ -131,10 +132,22 @@ def test_top_1_of_the_paper_is_not_renormalised(seed: Seed, settings: Settings) 
 
 def test_probabilities_are_those_of_eq_7() -> None:
     # By hand: z = (1, 0), (0, 1); z_x = (.5, .5); lambda = .5 gives z~ = (.75, .25), (.25, .75).
-    router = Router(RouterWeights(np.array([[4.0, 0.0], [0.0, 4.0]]), np.array([0.0, 1.0]), 0.5), True, True)
+    router = Router(RouterWeights(np.array([[4.0, 0.0], [0.0, 4.0]]), np.array([0.0, 1.0]), 0.5), config.Router())
     z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     expected = torch.softmax(torch.tensor([[3.0, 1.0 + 1.0], [1.0, 3.0 + 1.0]]), dim=1)
     torch.testing.assert_close(router(z).exp()[0], expected)
+
+
+@pytest.mark.parametrize("seed_expert", [True, False])
+def test_a_temperature_shares_among_experts_what_the_seed_leaves(seed_expert: bool) -> None:
+    # By hand: scores 4, 0 and, of the seed, 1; at temperature 4 the experts' shares are as e^1 to e^0.
+    rows = np.array([[4.0], [0.0], [1.0]])[: 2 + seed_expert]
+    weights, z = RouterWeights(rows, np.zeros(len(rows)), 1.0), torch.ones(1, 1, 1)
+    router = Router(weights, config.Router(temperature=4, seed_expert=seed_expert))
+    whole = np.exp(rows[:, 0]) / np.exp(rows[:, 0]).sum()
+    shares = np.array([np.e, 1]) / (np.e + 1)
+    expected = np.concatenate([whole[:2].sum() * shares, whole[2:]])
+    np.testing.assert_allclose(router(z).exp().flatten().tolist(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("decide", ["once", "per-layer"])
@@ -178,7 +191,7 @@ def test_a_router_sees_the_ffn_inputs_of_the_layers_below_side_by_side(seed: See
         embed(seed.model, pixels)
         # Neither layer has an expert below it, so the unified model's states are still the seed's.
         both = torch.cat([inputs[path] for path in seed.ffn_paths], dim=-1)
-        expected = Router(weights, True, True)(both)
+        expected = Router(weights, settings.router)(both)
         torch.testing.assert_close(model(pixels)[1][0], expected, atol=1e-5, rtol=1e-5)
         # A second call does not see the first one's.
         torch.testing.assert_close(model(pixels)[1][0], expected, atol=1e-5, rtol=1e-5)

@@ -28,7 +28,7 @@ def preset(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_method_and_ablation_is_a_valid_change_of_every_preset() -> None:
     for preset in ("glyphs", "glyphs-skew", "glyphs-overlap", "glyphs-corrupted"):
-        methods = [*main_methods(load_settings(preset)), *ablations()]
+        methods = [*main_methods(load_settings(preset)), *ablations(load_settings(preset))]
         assert len({method.name for method in methods}) == len(methods)
         settings = [load_settings(preset, method.settings) for method in methods]
         # An ablation changes something, and no two are the same.
@@ -59,7 +59,7 @@ def test_names_that_do_not_exist_are_listed() -> None:
     with pytest.raises(InvalidSettingError, match=r"unknown ablation 'size'; there are all, proxies"):
         chosen(settings, [], ["size"])
     assert len(chosen(settings, ["metamoe", "btm"], ["rows"])) == 4
-    assert len(chosen(settings, ["all"], ["all"])) == len(main_methods(settings)) + len(ablations())
+    assert len(chosen(settings, ["all"], ["all"])) == len(main_methods(settings)) + len(ablations(settings))
 
 
 def test_outcomes_are_kept_by_what_decides_them(small: Settings, tmp_path: Path) -> None:
