@@ -45,7 +45,8 @@ def loss(settings: Settings, expert: Expert) -> float:
     texts = text_features(seed, space, settings.data.prompt)
     with torch.inference_mode():
         model = with_lora(seed, settings.lora, expert)
-        return F.cross_entropy(class_logits(model, embed(model, all_pixels(seed, [data])), texts), labels_in(data, space)).item()
+        logits = class_logits(model, embed(model, all_pixels(seed, [data])), texts)
+        return F.cross_entropy(logits, labels_in(data, space)).item()
 
 
 def test_it_trains(private: Settings) -> None:
