@@ -112,12 +112,21 @@ def simulate(
     _check_folder(folder, overwrite)
     settings = _absolute(settings)
     _console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
-    with _console.status("preparing data"), ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(prepare, settings).result()
+    with _console.status("preparing data"):
+        _prepare(settings, backend)
     # Only now, when nothing more can be found wrong at once, does an earlier run go.
     _clear_folder(folder)
     write_atomically(folder / "settings.toml", to_toml(settings))
     _simulate(settings, folder, backend)
+
+
+def _prepare(settings: Settings, backend: Backend) -> None:
+    if backend is Backend.local:
+        prepare(settings)
+        return
+    # In a process of its own: the run's processes get the memory back.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(prepare, settings).result()
 
 
 def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:

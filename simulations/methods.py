@@ -220,6 +220,7 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "top-3": ("router.top-k=3",),
     },
     "temperature": {"1": ("router.temperature=1",), "5": ("router.temperature=5",)},
+    "experts": {"at most 3": ("experts.max=3",)},
     "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
     "privacy": {
         "vectors at epsilon 1": ("privacy.vectors=gaussian", "privacy.epsilon=1"),
