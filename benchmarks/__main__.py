@@ -1,6 +1,6 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, bytes, audit, scale.
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, bytes, start, audit, scale.
 """
 
 import json
@@ -15,6 +15,7 @@ from benchmarks.audit import audit_cost
 from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
+from benchmarks.start import start_up
 from common.files import write_json
 
 Rows = dict[str, dict[str, float | str]]
@@ -27,6 +28,7 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "forward": [("forward passes", forward_cost)],
     "compile": [("forward passes, compiled", compiled_cost)],
     "bytes": [("bytes that a client sends", bytes_up)],
+    "start": [("start-up", start_up)],
     "audit": [("a run of preset glyphs, a few minutes", audit_cost)],
     "scale": [("1,000 clients, some minutes", many_clients), ("1, 10 and 100 clients that train, some minutes", more_clients)],
 }

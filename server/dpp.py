@@ -119,11 +119,11 @@ class _Items:
         """Bring bounds up to date with a basis [done, d], given in float64 and in float32."""
         for start in range(0, len(items), _BLOCK):
             block = items[start : start + _BLOCK]
-            fine = self.exact[block] | exactly | (self.bounds[block] < _COARSE * self.lengths[block])
+            fine = exactly | (self.bounds[block] < _COARSE * self.lengths[block])
             coarse, block = block[~fine], block[fine]
             if len(coarse):
                 self.bounds[coarse] -= self._captured(coarse, coarse_basis)
-                self.seen[coarse] = len(basis)
+                self.seen[coarse], self.exact[coarse] = len(basis), False
             if len(block):
                 anew = block[~self.exact[block]]
                 self.bounds[anew], self.seen[anew] = self.lengths[anew], 0
@@ -178,7 +178,7 @@ def _while_independent(items: _Items, count: int) -> tuple[list[int], np.ndarray
         done = len(picked)
         # 1. Candidates: the items with the largest bounds, once all of these are up to date. Who was one before has coordinates
         # and a row of the residual kernel already.
-        wide = 2 * size
+        wide = 3 * size
         while (items.seen[top := items.largest(size)] < done).any():
             again = items.largest(wide)
             items.look_again(again[items.seen[again] < done], basis[:done], coarse_basis[:done])
