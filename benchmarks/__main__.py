@@ -21,7 +21,7 @@ from common.files import write_json
 Rows = dict[str, dict[str, float | str]]
 PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "selection": [
-        ("selection, 3,000 items", lambda: selection_cost(3_000, 10)),
+        ("selection, 3,000 items", lambda: selection_cost(3_000, 30)),
         ("selection, 20,000 items", lambda: selection_cost(20_000, 2)),
         ("selection, as many items as ImageNet has", imagenet_cost),
     ],

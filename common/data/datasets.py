@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
+from datasets import Dataset, Image, disable_progress_bars, enable_progress_bars, load_from_disk
 
 from common.config import Data, Settings
 from common.data import glyphs
 from common.data.images import load_images
 from common.data.questions import load_questions, with_distractors
 from common.errors import EmptyPartitionError, InvalidSettingError
-from common.files import cache_folder
+from common.files import cache_folder, write_atomically
 
 
 @lru_cache(maxsize=2)
@@ -183,8 +183,29 @@ def fingerprint(dataset: Dataset) -> str:
 
 @lru_cache(maxsize=2)
 def public_fingerprint(data: Data) -> str:
-    """Content hash of the public set that these settings name."""
-    return fingerprint(load_public(data))
+    """Content hash of the public set that these settings name.
+
+    It is kept in the cache by these settings and by size and time of every file behind the set, so that not every process
+    decodes all of it.
+    """
+    public = load_public(data)
+    files = [(file, stat.st_size, stat.st_mtime_ns) for file in _files_of(public) for stat in [Path(file).stat()]]
+    if not files:
+        return fingerprint(public)
+    made_of = data.model_dump_json(include={"source", "folder", "public", "public_hub", "public_without", "public_samples"})
+    key = hashlib.sha256(json.dumps([version("metamoe-fl"), made_of, files]).encode()).hexdigest()
+    kept = cache_folder() / "fingerprints" / key[:32]
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, fingerprint(public))
+    return kept.read_text()
+
+
+def _files_of(dataset: Dataset) -> list[str]:
+    """The files that hold a data set: tables, or the images that a table in memory names."""
+    if dataset.cache_files or "image" not in dataset.features:
+        return [entry["filename"] for entry in dataset.cache_files]
+    return [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
 
 
 def _random_part(data: Dataset, size: int, rng: np.random.Generator) -> Dataset:

@@ -9,8 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from common.config import Settings, validated
-from common.data import glyphs
+from common.config import Data, Settings, validated
+from common.data import datasets, glyphs, images
 from common.data.datasets import (
     check_domains,
     evaluation_sets,
@@ -157,6 +157,30 @@ def test_public_classes_can_be_left_out_by_their_words() -> None:
     everything = sorted({word for name in names for word in name.split()})
     with pytest.raises(InvalidSettingError, match="leaves no public sample"):
         load_public(validated({"data": {"public-without": everything}}).data)
+
+
+def test_the_hash_of_a_public_set_is_kept_until_one_of_its_files_changes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
+    for part in ("train", "test"):
+        for name in ("circle", "square"):
+            (tmp_path / "shapes" / part / name).mkdir(parents=True)
+            PILImage.new("RGB", (8, 8), "red").save(tmp_path / "shapes" / part / name / "1.png")
+    data = Data(source="images", domains=("shapes",), folder=str(tmp_path), public="shapes")
+    computed = []
+    real = datasets.fingerprint
+    monkeypatch.setattr(datasets, "fingerprint", lambda dataset: computed.append(1) or real(dataset))
+
+    def asked_by_a_new_process() -> str:
+        for cached in (datasets.load_public, datasets.public_fingerprint, images._parts):
+            cached.cache_clear()
+        return datasets.public_fingerprint(data)
+
+    first = asked_by_a_new_process()
+    assert asked_by_a_new_process() == first == real(datasets.load_public(data))
+    assert len(computed) == 1
+    PILImage.new("RGB", (9, 9), "blue").save(tmp_path / "shapes" / "train" / "circle" / "1.png")
+    assert asked_by_a_new_process() != first
+    assert len(computed) == 2
 
 
 def test_fingerprint_sees_pixels_labels_names_and_order() -> None:
