@@ -24,7 +24,7 @@ Row = dict[str, float | str]
 _CASES = ((3, 1), (3, 2), (30, 1), (30, 2))
 
 
-def forward_cost(repeats: int = 7) -> dict[str, Row]:
+def forward_cost(repeats: int = 10) -> dict[str, Row]:
     """CLIP ViT-B/32 with 16 images and a LLaMA 576 wide with 8 texts of 96 tokens, rank 16, for each number of experts and each
     top k.
 

@@ -285,14 +285,15 @@ class MoELayer(nn.Module):
                     if expert < self.count:
                         self._add(up[rows], tokens[rows] @ self.a[name][expert].T, name, expert)
             hidden = self.form.hidden(self.base, list(own.values()))
-            if self.top_k > 1:
-                hidden.mul_(groups.weights[:, slot, None])
-            added += [
-                (rows, expert, hidden[rows] @ self.a[self.form.down][expert].T)
-                for expert, rows in groups.slices(slot)
-                if expert < self.count
-            ]
-            total = total.add_(hidden) if slot else hidden
+            weights = groups.weights[:, slot, None]
+            for expert, rows in groups.slices(slot):
+                if expert < self.count:
+                    low = hidden[rows] @ self.a[self.form.down][expert].T
+                    added.append((rows, expert, low.mul_(weights[rows]) if self.top_k > 1 else low))
+            if self.top_k == 1:
+                total = hidden
+            else:
+                total = total.addcmul_(hidden, weights) if slot else hidden.mul_(weights)
         out = nn.functional.linear(total, down.weight)
         for rows, expert, low in added:
             self._add(out[rows], low, self.form.down, expert)
