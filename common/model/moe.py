@@ -289,11 +289,12 @@ class MoELayer(nn.Module):
             for expert, rows in groups.slices(slot):
                 if expert < self.count:
                     low = hidden[rows] @ self.a[self.form.down][expert].T
-                    added.append((rows, expert, low.mul_(weights[rows]) if self.top_k > 1 else low))
-            if self.top_k == 1:
-                total = hidden
+                    added.append((rows, expert, low if self.top_k == 1 else low.mul_(weights[rows])))
+            if slot:
+                total.addcmul_(hidden, weights)
             else:
-                total = total.addcmul_(hidden, weights) if slot else hidden.mul_(weights)
+                # The one weight of top-1 is left for the end.
+                total = hidden if self.top_k == 1 else hidden.mul_(weights)
         out = nn.functional.linear(total, down.weight)
         for rows, expert, low in added:
             self._add(out[rows], low, self.form.down, expert)
