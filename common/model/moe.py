@@ -158,8 +158,8 @@ class Router(nn.Module):
 
     z~_t = (1 - lambda) z_t + lambda z_x with z_x the mean of the layer's own inputs over the sequence, and
     pi(z_t) = softmax(z~_t W^T + b) over the K experts. W holds routing vectors (b = 0: the paper) or Fisher rows. z_t is the
-    layer's input (the paper) or that of every layer up to it, side by side. With a temperature T, the
-    experts share what the seed leaves of pi by softmax(scores / T) among themselves.
+    layer's input (the paper) or that of every layer up to it, side by side. With a temperature T, the experts share what the
+    seed leaves of pi by softmax(scores / T) among themselves.
     """
 
     def __init__(self, weights: RouterWeights, settings: config.Router) -> None:
