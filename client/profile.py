@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.linear_model import LogisticRegression
 
 from common.compute import derived_seed
 from common.config import Settings
@@ -64,6 +63,9 @@ def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:
     """
     both = np.concatenate([private, public])
     labels = np.repeat([1, 0], [len(private), len(public)])
+    # Not before it is needed, which by default it is not.
+    from sklearn.linear_model import LogisticRegression
+
     head = LogisticRegression(class_weight="balanced", max_iter=1_000).fit(both, labels)
     return np.append(head.coef_[0], head.intercept_[0])
 

@@ -2,13 +2,15 @@
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
-from sklearn.covariance import LedoitWolf
 
 
 def shrunk_covariance(features: np.ndarray) -> np.ndarray:
     """Covariance S_0 of ``features`` [n, d], shrunk towards a multiple of the identity (Ledoit and Wolf, 2004). float64
     [d, d].
     """
+    # Not before it is needed: loading scikit-learn takes most of a second.
+    from sklearn.covariance import LedoitWolf
+
     return LedoitWolf().fit(np.asarray(features, dtype=np.float64)).covariance_
 
 

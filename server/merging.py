@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from scipy.linalg import solve_triangular
-from sklearn.cluster import AgglomerativeClustering
 
 from common.config import Settings
 from common.fisher import shrunk_covariance
@@ -47,6 +46,9 @@ def clusters(vectors: np.ndarray, covariance: np.ndarray | None, count: int) -> 
         return [list(range(len(vectors)))]
     if covariance is not None:
         vectors = solve_triangular(np.linalg.cholesky(covariance), vectors.T, lower=True).T
+    # Not before it is needed, which with few clients it is not.
+    from sklearn.cluster import AgglomerativeClustering
+
     labels = AgglomerativeClustering(count).fit_predict(vectors)
     return sorted(np.flatnonzero(labels == label).tolist() for label in range(count))
 

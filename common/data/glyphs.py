@@ -19,7 +19,6 @@ from datasets import ClassLabel, Dataset, Features, Image
 from fontTools.ttLib import TTFont
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits
 
 SIZE = 32
 DOMAINS = ("digits", "greek", "arrows", "numerals", "cyrillic", "operators")
@@ -144,6 +143,9 @@ def _public_glyphs() -> tuple[list[np.ndarray], list[int]]:
 
 
 def _digits(split: str, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    # Not before it is needed, as most runs find the digits in the cache.
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng([seed, 1]).permutation(len(labels))
     rows = np.split(order, np.cumsum(_DIGITS_PER_SPLIT)[:-1])[SPLITS.index(split)]
