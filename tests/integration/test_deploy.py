@@ -167,7 +167,7 @@ def test_a_client_with_another_version_or_other_public_data_is_refused_by_name(
     (stamp / "METADATA").write_text("Metadata-Version: 2.1\nName: metamoe-fl\nVersion: 9.9.9\n")
     # The built-in public set as it was made before, in another order.
     public = load_public(small.data.model_copy(update={"public_samples": 0}))
-    (cached,) = cache_folder().glob("glyphs/*/public-train")
+    cached = Path(public.cache_files[0]["filename"]).parent
     public.select(range(len(public))[::-1]).save_to_disk(tmp_path / cached.relative_to(cache_folder()))
     settings = validated(small.model_dump() | {"quorum": 1})
     with (
