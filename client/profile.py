@@ -61,11 +61,11 @@ def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:
     Returns:
         w and b side by side, [d + 1]: w.z + b are the log-odds that z is private.
     """
-    both = np.concatenate([private, public])
-    labels = np.repeat([1, 0], [len(private), len(public)])
     # Not before it is needed, which by default it is not.
     from sklearn.linear_model import LogisticRegression
 
+    both = np.concatenate([private, public])
+    labels = np.repeat([1, 0], [len(private), len(public)])
     head = LogisticRegression(class_weight="balanced", max_iter=1_000).fit(both, labels)
     return np.append(head.coef_[0], head.intercept_[0])
 

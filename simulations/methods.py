@@ -250,19 +250,19 @@ _MERGED = (
 def ablations(settings: Settings) -> list[Method]:
     """All ablations: metamoe with other switches, one question a group; without those that these settings have set already."""
     switched = [
-        Method(f"{group}: {name}", "unified", "metamoe with " + ", ".join(settings), settings, group=group)
+        Method(f"{group}: {name}", "unified", "metamoe with " + ", ".join(switches), switches, group=group)
         for group, members in _ABLATIONS.items()
-        for name, settings in members.items()
+        for name, switches in members.items()
     ]
     taken = [
         Method(
             f"paper: {name}",
             "unified",
-            f"metamoe-paper with {', '.join(settings)}",
-            (*_PAPER, *_TOP_1, *settings),
+            f"metamoe-paper with {', '.join(switches)}",
+            (*_PAPER, *_TOP_1, *switches),
             group="paper",
         )
-        for name, settings in _FROM_PAPER.items()
+        for name, switches in _FROM_PAPER.items()
     ]
     return [method for method in (*switched, *taken, *_MERGED) if not method.settings or _changes(settings, method)]
 
