@@ -21,7 +21,7 @@ from client.profile import profile
 from client.site import Site
 from common.compute import derived_seed, threads
 from common.config import Settings, load_settings
-from common.data.datasets import label_space, load_private, load_public
+from common.data.datasets import label_space, load_private, load_public, no_progress_bars
 from common.data.tasks import all_pixels, batches, class_logits, class_names, input_batches, labels_in, text_features
 from common.errors import InputFileError
 from common.files import read_json
@@ -211,7 +211,8 @@ def likelihood_ratio(
     rng = np.random.default_rng(derived_seed(settings.seed, _ATTACK, client))
     # As many others as members at most: a shadow is then trained on no more than the expert was.
     held = held.select(np.sort(rng.permutation(len(held))[: len(private)]))
-    everything = concatenate_datasets([private, held.cast(private.features)])
+    with no_progress_bars():
+        everything = concatenate_datasets([private, held.cast(private.features)])
     space = label_space(class_names(private), class_names(public))
     start = train_expert(seed, settings, client, [proxies], space, _quietly) if settings.privacy.expert == "dp-sgd" else None
     inside, seen = np.zeros((shadows, len(everything)), dtype=bool), np.zeros((shadows, len(everything)))

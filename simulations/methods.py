@@ -148,7 +148,7 @@ def main_methods(settings: Settings) -> list[Method]:
         Method(
             "unrestricted-moe", "pooled", "the same model, trained on all private samples in one place", _POOLED, private=False
         ),
-        Method("metamoe", "unified", "this product's default"),
+        Method("metamoe", "unified", "this product's method, as the preset sets it"),
     ]
 
 
@@ -248,7 +248,7 @@ _MERGED = (
 
 
 def ablations(settings: Settings) -> list[Method]:
-    """All ablations: metamoe with other switches, one question a group; without those that these settings have set already."""
+    """All ablations: metamoe with other switches, one question a group; without those that change nothing of these settings."""
     switched = [
         Method(f"{group}: {name}", "unified", "metamoe with " + ", ".join(switches), switches, group=group)
         for group, members in _ABLATIONS.items()
@@ -269,10 +269,16 @@ def ablations(settings: Settings) -> list[Method]:
 
 def _changes(settings: Settings, method: Method) -> bool:
     try:
-        return changed(settings, method.settings) != settings
+        switched = changed(settings, method.settings)
     except InvalidSettingError:
         # It does not go with these settings, which is said when it is to be run.
         return True
+    return _effective(switched) != _effective(settings)
+
+
+def _effective(settings: Settings) -> Settings:
+    """Room for more experts than there are clients is room for as many."""
+    return changed(settings, [f"experts.max={min(settings.experts.max, settings.clients)}"])
 
 
 def chosen(settings: Settings, methods: Sequence[str], groups: Sequence[str]) -> list[Method]:

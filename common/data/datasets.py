@@ -5,7 +5,8 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -222,15 +223,23 @@ def _cached(source: str, name: str, make: Callable[[], Dataset]) -> Dataset:
     folder = cache_folder() / source / f"{code}-{versions}" / name
     if not folder.is_dir():
         temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
-        disable_progress_bars()
         try:
-            make().save_to_disk(temporary)
+            with no_progress_bars():
+                make().save_to_disk(temporary)
             temporary.rename(folder)
         except OSError:
             # Another process was faster: its folder is as good as ours.
             shutil.rmtree(temporary, ignore_errors=True)
             if not folder.is_dir():
                 raise
-        finally:
-            enable_progress_bars()
     return load_from_disk(folder)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the datasets library from drawing bars of its own beside ours."""
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

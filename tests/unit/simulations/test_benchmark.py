@@ -37,6 +37,13 @@ def test_every_method_and_ablation_is_a_valid_change_of_every_preset() -> None:
         assert len({s.model_dump_json() for s in switched}) == len(switched)
 
 
+def test_an_ablation_that_changes_nothing_is_left_out() -> None:
+    by_preset = {name: [method.name for method in ablations(load_settings(name))] for name in ("glyphs", "glyphs-skew")}
+    # Three clients have three experts as it is, nine have not.
+    assert [("experts: at most 3" in names) for names in by_preset.values()] == [False, True]
+    assert [("temperature: 5" in names) for names in by_preset.values()] == [True, False]
+
+
 def test_only_the_pooled_method_is_marked_as_not_private() -> None:
     methods = main_methods(load_settings("glyphs"))
     assert [method.name for method in methods if not method.private] == ["unrestricted-moe"]
