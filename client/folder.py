@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from common.config import ListChoices
-from common.data.images import class_folders, image_dataset, image_files, readable
+from common.data.images import classes_of_parts, image_dataset, image_files, readable
 from common.data.questions import read_questions
 from common.errors import DataFormatError, InputFileError, PrivateDataError
 
@@ -131,12 +131,7 @@ def _is_flower_app(project: Path) -> bool:
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = class_folders(folder / "train")
-    if not names:
-        raise PrivateDataError(
-            f"{folder / 'train'} has no folder for a class; expected are files such as train/CLASS NAME/1.png"
-        )
-    for split in ("validation", "test"):
-        if unknown := sorted(set(class_folders(folder / split)) - set(names)):
-            raise PrivateDataError(f"{folder / split} has the class {unknown[0]!r}, which {folder / 'train'} has not")
-    return names
+    try:
+        return classes_of_parts(folder)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error

@@ -13,6 +13,7 @@ from common.errors import DataFormatError, InputFileError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+_PARTS = ("train", "validation", "test")
 _VALIDATION_SHARE, _TEST_SHARE = 0.1, 0.2
 
 
@@ -38,7 +39,23 @@ def load_images(data: Data, name: str, split: str, hub: str) -> Dataset:
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the classes in a folder with one for each, sorted."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return sorted(entry.name for entry in folder.glob("*") if entry.is_dir())
+
+
+def classes_of_parts(folder: Path) -> list[str]:
+    """Names of the classes in ``folder/train``, sorted; the folder's other parts have no others.
+
+    Raises:
+        InputFileError: there is none.
+        DataFormatError: ``folder/validation`` or ``folder/test`` has another.
+    """
+    names, *others = (class_folders(folder / part) for part in _PARTS)
+    if not names:
+        raise InputFileError(f"{folder / 'train'} has no folder for a class; expected are files such as train/CLASS NAME/1.png")
+    for part, found in zip(_PARTS[1:], others, strict=True):
+        if unknown := sorted(set(found) - set(names)):
+            raise DataFormatError(f"{folder / part} has the class {unknown[0]!r}, which {folder / 'train'} has not")
+    return names
 
 
 def image_files(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
@@ -86,13 +103,8 @@ def _parts(folder: str, name: str, hub: str) -> dict[str, Dataset]:
 
 
 def _from_folder(folder: Path) -> dict[str, Dataset]:
-    names = class_folders(folder / "train")
-    if not names:
-        raise InputFileError(f"{folder / 'train'} has no folder for a class; expected are files such as train/CLASS NAME/1.png")
-    parts = {}
-    for part in ("train", "validation", "test"):
-        if unknown := sorted(set(class_folders(folder / part)) - set(names)):
-            raise DataFormatError(f"{folder / part} has the class {unknown[0]!r}, which {folder / 'train'} has not")
+    names, parts = classes_of_parts(folder), {}
+    for part in _PARTS:
         if files := image_files(folder / part, names):
             parts[part] = image_dataset(files, names)
     if "train" not in parts:
@@ -103,7 +115,7 @@ def _from_folder(folder: Path) -> dict[str, Dataset]:
 def _from_hub(hub: str) -> dict[str, Dataset]:
     found = load_from_hub(hub)
     parts = {}
-    for part in ("train", "validation", "test"):
+    for part in _PARTS:
         if part in found:
             columns = found[part].features
             image = next((name for name in _IMAGE_COLUMNS if isinstance(columns.get(name), Image)), None)
