@@ -235,11 +235,24 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
 }
-# What the paper's own ablations take away, from the paper's own method.
-_FROM_PAPER: dict[str, tuple[str, ...]] = {
-    "without DPP": ("proxies.selection=relevance",),
-    "without context": _TOKEN_ALONE,
-    "without aligned training": ("expert-training.samples=private",),
+_IN_CONTEXT = ("router.context=0.97", "router.learn-context=true")
+# Changes of other methods: what the paper's own ablations take away, and what of metamoe others could have too.
+_OF_OTHERS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "paper": {
+        "without DPP": ("metamoe-paper", ("proxies.selection=relevance",)),
+        "without context": ("metamoe-paper", _TOKEN_ALONE),
+        "without aligned training": ("metamoe-paper", ("expert-training.samples=private",)),
+        "lambda from 0.97": ("metamoe-paper", _IN_CONTEXT),
+        "top-2": ("metamoe-paper", _TWO),
+        "Fisher rows": ("metamoe-paper", ("router.rows=fisher",)),
+        "Fisher rows, lambda from 0.97": ("metamoe-paper", ("router.rows=fisher", *_IN_CONTEXT)),
+    },
+    "baselines": {
+        "btx in context": ("btx", _IN_CONTEXT),
+        "flexolmo in context": ("flexolmo", _IN_CONTEXT),
+        "flexolmo with the seed as expert": ("flexolmo", ("router.seed-expert=true",)),
+        "flexolmo in context, with the seed as expert": ("flexolmo", (*_IN_CONTEXT, "router.seed-expert=true")),
+    },
 }
 _MERGED = (
     Method("merging: btm of aligned experts", "ensemble", "Branch-Train-Merge of metamoe's own experts", group="merging"),
@@ -254,17 +267,13 @@ def ablations(settings: Settings) -> list[Method]:
         for group, members in _ABLATIONS.items()
         for name, switches in members.items()
     ]
-    taken = [
-        Method(
-            f"paper: {name}",
-            "unified",
-            f"metamoe-paper with {', '.join(switches)}",
-            (*_PAPER, *_TOP_1, *switches),
-            group="paper",
-        )
-        for name, switches in _FROM_PAPER.items()
+    others = {method.name: method.settings for method in main_methods(settings)}
+    of_others = [
+        Method(f"{group}: {name}", "unified", f"{other} with {', '.join(switches)}", (*others[other], *switches), group=group)
+        for group, members in _OF_OTHERS.items()
+        for name, (other, switches) in members.items()
     ]
-    return [method for method in (*switched, *taken, *_MERGED) if not method.settings or _changes(settings, method)]
+    return [method for method in (*switched, *of_others, *_MERGED) if not method.settings or _changes(settings, method)]
 
 
 def _changes(settings: Settings, method: Method) -> bool:
