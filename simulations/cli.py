@@ -190,7 +190,8 @@ def benchmark(
         typer.Option(
             "--methods",
             metavar="NAME",
-            help="A method of the main table, or several with commas; repeatable (default: all; an unknown name lists them).",
+            help="A method of the main table, or several with commas; repeatable (default: all, or metamoe alone beside "
+            "--ablation; an unknown name lists them).",
         ),
     ] = None,
     ablation: Annotated[
