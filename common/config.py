@@ -172,7 +172,9 @@ class Router(Section):
         True, description="the seed itself as one more expert, with the public mean as its routing vector"
     )
     seed_log_odds: float = Field(
-        -8.0, allow_inf_nan=False, description="prior log-odds of the seed against an expert, for Fisher rows"
+        -8.0,
+        allow_inf_nan=False,
+        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples",
     )
     temperature: Positive = Field(
         1.0,

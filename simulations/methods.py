@@ -158,6 +158,8 @@ _NEAR = (
     *("ARROW", "ARROWS", "ARROWHEAD", "HARPOON", "HARPOONS", "CYRILLIC", "OPERATOR", "SIGN", "SYMBOL"),
 )
 
+_FAR = (f"data.public-without={list(_NEAR)}",)
+
 _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "proxies": {
         "by relevance alone": ("proxies.selection=relevance",),
@@ -233,11 +235,12 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "experts at epsilon 3": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
         "experts from proxies alone": ("privacy.vectors=gaussian", "expert-training.samples=proxies"),
     },
-    "public-set": {"nothing near the domains": (f"data.public-without={list(_NEAR)}",)},
+    "public-set": {"nothing near the domains": _FAR},
 }
 _IN_CONTEXT = ("router.context=0.97", "router.learn-context=true")
 # Changes of other methods: what the paper's own ablations take away, and what of metamoe others could have too.
 _OF_OTHERS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "public-set": {"flexolmo, nothing near the domains": ("flexolmo", _FAR)},
     "paper": {
         "without DPP": ("metamoe-paper", ("proxies.selection=relevance",)),
         "without context": ("metamoe-paper", _TOKEN_ALONE),
