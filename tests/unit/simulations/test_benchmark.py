@@ -59,6 +59,15 @@ def test_baselines_are_set_up_as_they_are_defined() -> None:
     assert load_settings("glyphs", by_name["metamoe-released"].settings).router_training.train_router is False
 
 
+def test_a_change_of_a_baseline_changes_nothing_else() -> None:
+    settings = load_settings("glyphs")
+    flexolmo = next(method for method in main_methods(settings) if method.name == "flexolmo")
+    with_seed = next(m for m in ablations(settings) if m.name == "baselines: flexolmo with the seed as expert")
+    switched = load_settings("glyphs", with_seed.settings)
+    assert switched.router.seed_expert
+    assert changed(switched, ["router.seed-expert=false"]) == load_settings("glyphs", flexolmo.settings)
+
+
 def test_names_that_do_not_exist_are_listed() -> None:
     settings = load_settings("glyphs")
     with pytest.raises(InvalidSettingError, match=r"unknown method 'best'; there are all, zero-shot, expert:digits"):
