@@ -157,7 +157,6 @@ _NEAR = (
     *("DIGIT", "NUMBER", "NUMERAL", "FRACTION", "SUPERSCRIPT", "SUBSCRIPT", "CIRCLED", "MATHEMATICAL", "GREEK", "COPTIC"),
     *("ARROW", "ARROWS", "ARROWHEAD", "HARPOON", "HARPOONS", "CYRILLIC", "OPERATOR", "SIGN", "SYMBOL"),
 )
-
 _FAR = (f"data.public-without={list(_NEAR)}",)
 
 _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
