@@ -4,6 +4,8 @@ weights.
 
 import time
 from collections.abc import Callable
+from math import inf
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,13 +28,21 @@ _CASES = ((3, 1), (3, 2), (30, 1), (30, 2))
 
 def forward_cost(repeats: int = 10) -> dict[str, Row]:
     """CLIP ViT-B/32 with 16 images and a LLaMA 576 wide with 8 texts of 96 tokens, rank 16, for each number of experts and each
-    top k.
+    top k; and once with all experts computed and masked in place of grouped tokens.
 
     Args:
         repeats: passes of each, in turn, of which the fastest counts.
     """
     rows: dict[str, Row] = {}
     for name, seed, inputs in (_clip(), _llama()):
+        unified = _unified(seed, 3, 2)
+        with patch("common.model.moe._GROUPING", inf):
+            rows |= _compared(
+                f"{name}, 3 experts, top-2, all experts computed and masked",
+                lambda model=unified, x=inputs: model(x)[0],
+                lambda model=seed.model, x=inputs: encode(model, x),
+                repeats,
+            )
         for experts, top_k in _CASES:
             unified = _unified(seed, experts, top_k)
             rows |= _compared(
