@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -39,6 +40,8 @@ from simulations.evaluate import (
     domains_of,
     ensemble,
     own_share,
+    routed_ensemble,
+    sample_decision,
     soup,
     test_sets,
 )
@@ -247,6 +250,12 @@ def _build(method: Method, settings: Settings) -> Model:
             return Model(best | {PUBLIC: dense(seed.model)}, up, down)
         case "ensemble":
             return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
+        case "routed-ensemble":
+            _check_one_expert_each(settings, "mixing of answers")
+            model = load_model(folder / "model", settings.compute.server_device).model
+            members = [*alone, dense(seed.model)][: len(settings.expert_names)]
+            routed = routed_ensemble(members, partial(sample_decision, model), settings.router.top_k)
+            return Model(dict.fromkeys(everywhere, routed), up, down, summary["cpu_seconds"]["unify"])
         case "soup":
             merged, lora = soup(experts, settings.lora)
             return Model(dict.fromkeys(everywhere, dense(with_lora(seed, lora, merged))), up, down)
@@ -285,10 +294,7 @@ def _pooled(
     seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], down: float, everywhere: Sequence[str]
 ) -> Model:
     """Experts and router trained on what no server may see: all private samples in one place."""
-    if settings.experts.max < settings.clients:
-        raise InvalidSettingError(
-            f"experts.max = {settings.experts.max} with clients = {settings.clients}: unrestricted-moe has one for every client"
-        )
+    _check_one_expert_each(settings, "unrestricted-moe")
     private = [load_private(settings, client, "train") for client in range(settings.clients)]
     target, times = folder / "pooled", folder / "pooled.json"
     with FileLock(f"{target}.lock"):
@@ -305,6 +311,13 @@ def _pooled(
     up = float(np.mean([len(data) * (_sample_bytes(data[0]) + _LABEL_BYTES) for data in private]))
     seconds = json.loads(times.read_text())["cpu_seconds"]
     return Model(dict.fromkeys(everywhere, unified.model.scores), up, down, seconds, unified)
+
+
+def _check_one_expert_each(settings: Settings, method: str) -> None:
+    if settings.experts.max < settings.clients:
+        raise InvalidSettingError(
+            f"experts.max = {settings.experts.max} with clients = {settings.clients}: {method} needs an expert for every client"
+        )
 
 
 def _sample_bytes(sample: Mapping[str, Any]) -> int:

@@ -1,18 +1,19 @@
 """Using a seed, experts or a unified model on test images: scores, accuracy, routing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import config
 from common.config import Settings
 from common.data.datasets import evaluation_sets, held_out_public
-from common.data.tasks import Samples, Scores, class_names, samples_of
-from common.model.inputs import Tokens, encode
+from common.data.tasks import Batch, Samples, Scores, class_names, samples_of
+from common.model.inputs import Tokens, encode, masked_mean
 from common.model.lora import Expert
 from common.model.moe import UnifiedModel
 from common.model.seed import load_seed
@@ -70,6 +71,34 @@ def dense(model: PreTrainedModel) -> Scores:
 def ensemble(members: Sequence[Scores]) -> Scores:
     """Branch-Train-Merge: the mean of the members' probabilities, (1/K) sum_k softmax(s_k)."""
     return lambda batch: torch.stack([member(batch).softmax(1) for member in members]).mean(0)
+
+
+def routed_ensemble(members: Sequence[Scores], decide: Callable[[Batch], Tensor], top_k: int) -> Scores:
+    """c-BTM (Gururangan et al. 2023): the mean of the chosen members' probabilities, weighted by what they were chosen for,
+    sum_k pi_k softmax(s_k) / sum_k pi_k over the ``top_k`` largest pi. Members that a batch does not need are not run.
+
+    Args:
+        members: K of them.
+        decide: pi of each sample, [B, K].
+        top_k: at most K.
+    """
+
+    def scores(batch: Batch) -> Tensor:
+        weights, chosen = decide(batch).topk(top_k, dim=1)
+        gates = torch.zeros(len(weights), len(members)).scatter(1, chosen, weights / weights.sum(dim=1, keepdim=True))
+        return torch.stack([gates[:, k, None] * members[k](batch).softmax(1) for k in gates.any(0).nonzero().flatten()]).sum(0)
+
+    return scores
+
+
+def sample_decision(model: UnifiedModel, batch: Batch) -> Tensor:
+    """The router's pi for whole samples: the mean over an image's tokens, or those of a prompt, in the lowest layer that
+    decides. float32 [B, K].
+    """
+    _, decisions = model(batch.inputs)
+    shared = decisions[0].shape[1] == 1
+    mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) and not shared else None
+    return masked_mean(decisions[0].exp(), mask).float().cpu()
 
 
 def soup(experts: Sequence[Expert], lora: config.Lora) -> tuple[Expert, config.Lora]:

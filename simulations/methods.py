@@ -12,10 +12,10 @@ from typing import Literal
 from common.config import Settings, changed
 from common.errors import InvalidSettingError
 
-Use = Literal["seed", "expert", "oracle", "ensemble", "soup", "unified", "pooled", "fedavg"]
+Use = Literal["seed", "expert", "oracle", "ensemble", "routed-ensemble", "soup", "unified", "pooled", "fedavg"]
 """How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'
-probabilities; one dense model with the experts' mean weights; the unified model; the unified model trained on all private
-samples in one place; one adapter by federated averaging.
+probabilities; the mean of those that the unified model's router chooses; one dense model with the experts' mean weights; the
+unified model; the unified model trained on all private samples in one place; one adapter by federated averaging.
 """
 
 
@@ -256,7 +256,15 @@ _OF_OTHERS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "flexolmo in context, with the seed as expert": ("flexolmo", (*_IN_CONTEXT, "router.seed-expert=true")),
     },
 }
-_MERGED = (
+_OTHER_USES = (
+    Method("mixing: answers", "routed-ensemble", "the chosen experts run whole, their probabilities averaged", group="mixing"),
+    Method(
+        "mixing: answers, temperature 100",
+        "routed-ensemble",
+        "the same with router.temperature=100",
+        ("router.temperature=100",),
+        group="mixing",
+    ),
     Method("merging: btm of aligned experts", "ensemble", "Branch-Train-Merge of metamoe's own experts", group="merging"),
     Method("merging: soup of aligned experts", "soup", "Model Soup of metamoe's own experts", group="merging"),
 )
@@ -275,7 +283,7 @@ def ablations(settings: Settings) -> list[Method]:
         for group, members in _OF_OTHERS.items()
         for name, (other, switches) in members.items()
     ]
-    return [method for method in (*switched, *of_others, *_MERGED) if not method.settings or _changes(settings, method)]
+    return [method for method in (*switched, *of_others, *_OTHER_USES) if not method.settings or _changes(settings, method)]
 
 
 def _changes(settings: Settings, method: Method) -> bool:
