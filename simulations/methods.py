@@ -166,10 +166,9 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "relevance": {"trained classifier": ("proxies.relevance=classifier",)},
     "sizes": {
-        "m = 50": ("proxies.count=50",),
-        "m = 400": ("proxies.count=400",),
-        "n = 500": ("proxies.pool=500",),
-        "n = 8000": ("proxies.pool=8000",),
+        f"m = {count}, n = {pool}": (f"proxies.count={count}", f"proxies.pool={pool}")
+        for count in (50, 200, 400)
+        for pool in (500, 2_000, 8_000)
     },
     "context": {
         "lambda = 0": ("router.context=0", "router.learn-context=false"),
