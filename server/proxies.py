@@ -28,6 +28,18 @@ class Selection:
     relevance: np.ndarray
 
 
+def check_pool(proxies: Proxies, public: int) -> None:
+    """Raise unless a public set of this many samples is larger than the pool.
+
+    Raises:
+        ProxyCountError: it is not.
+    """
+    if proxies.pool >= public:
+        raise ProxyCountError(
+            f"proxies.pool = {proxies.pool} is not less than the {public} samples of the public set; lower it"
+        )
+
+
 def select_proxies(
     features: np.ndarray,
     profiles: Mapping[int, Mapping[str, np.ndarray]],
@@ -46,10 +58,7 @@ def select_proxies(
         ProxyCountError: the public set is not larger than the pool.
     """
     proxies = settings.proxies
-    if proxies.pool >= len(features):
-        raise ProxyCountError(
-            f"proxies.pool = {proxies.pool} is not less than the {len(features)} samples of the public set; lower it"
-        )
+    check_pool(proxies, len(features))
     if proxies.selection == "random":
         return {client: _random(len(features), proxies.count, settings.seed, client) for client in profiles}
     clients = list(profiles)

@@ -31,6 +31,7 @@ from common.model.artifact import Loaded, load_model, save_model
 from common.model.lora import Expert, load_adapter, save_adapter, with_lora
 from common.model.seed import Seed, load_seed
 from common.wire import Kind, RecordDict, encode_reply
+from server.proxies import check_pool
 from server.stages import run_stages
 from server.unify import router_samples, unify
 from simulations.evaluate import (
@@ -190,10 +191,15 @@ def _prepare(plan: Plan) -> None:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputFileError(f"--out {plan.out} cannot be used: {error}") from error
-    for method in plan.methods:
-        plan.settings(method, plan.seeds[0])
+    methods = [plan.settings(method, plan.seeds[0]) for method in plan.methods]
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(prepare, plan.settings(None, plan.seeds[0])).result()
+        process.submit(_prepare_data, plan.settings(None, plan.seeds[0]), methods).result()
+
+
+def _prepare_data(base: Settings, methods: Sequence[Settings]) -> None:
+    prepare(base)
+    for settings in methods:
+        check_pool(settings.proxies, len(load_public(settings.data)))
 
 
 def _done(plan: Plan, methods: Sequence[Method]) -> Iterator[tuple[Method, list[Outcome]]]:
