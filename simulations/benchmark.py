@@ -192,6 +192,12 @@ def _prepare(plan: Plan) -> None:
     except OSError as error:
         raise InputFileError(f"--out {plan.out} cannot be used: {error}") from error
     methods = [plan.settings(method, plan.seeds[0]) for method in plan.methods]
+    for method, settings in zip(plan.methods, methods, strict=True):
+        if method.use in ("pooled", "routed-ensemble") and settings.experts.max < settings.clients:
+            raise InvalidSettingError(
+                f"experts.max = {settings.experts.max} with clients = {settings.clients}: {method.name} needs an expert for "
+                "every client"
+            )
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(_prepare_data, plan.settings(None, plan.seeds[0]), methods).result()
 
@@ -257,7 +263,6 @@ def _build(method: Method, settings: Settings) -> Model:
         case "ensemble":
             return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
         case "routed-ensemble":
-            _check_one_expert_each(settings, "mixing of answers")
             model = load_model(folder / "model", settings.compute.server_device).model
             members = [*alone, dense(seed.model)][: len(settings.expert_names)]
             routed = routed_ensemble(members, partial(sample_decision, model), settings.router.top_k)
@@ -300,7 +305,6 @@ def _pooled(
     seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], down: float, everywhere: Sequence[str]
 ) -> Model:
     """Experts and router trained on what no server may see: all private samples in one place."""
-    _check_one_expert_each(settings, "unrestricted-moe")
     private = [load_private(settings, client, "train") for client in range(settings.clients)]
     target, times = folder / "pooled", folder / "pooled.json"
     with FileLock(f"{target}.lock"):
@@ -317,13 +321,6 @@ def _pooled(
     up = float(np.mean([len(data) * (_sample_bytes(data[0]) + _LABEL_BYTES) for data in private]))
     seconds = json.loads(times.read_text())["cpu_seconds"]
     return Model(dict.fromkeys(everywhere, unified.model.scores), up, down, seconds, unified)
-
-
-def _check_one_expert_each(settings: Settings, method: str) -> None:
-    if settings.experts.max < settings.clients:
-        raise InvalidSettingError(
-            f"experts.max = {settings.experts.max} with clients = {settings.clients}: {method} needs an expert for every client"
-        )
 
 
 def _sample_bytes(sample: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.config import Settings, changed, load_settings, to_toml
-from common.errors import InvalidSettingError
+from common.errors import InvalidSettingError, MetaMoEError
 from simulations import benchmark
 from simulations.benchmark import Plan, _training_key
 from simulations.methods import ablations, chosen, main_methods
@@ -171,6 +171,8 @@ def test_a_folder_with_something_else_in_it_is_refused(preset: Path, tmp_path: P
     ("changes", "said"),
     [
         (("--set", "clients=1", "--ablation", "top-k"), "router.top-k = 3 is more than the 2 experts"),
+        (("--set", "experts.max=2", "--methods", "unrestricted-moe"), "unrestricted-moe needs an expert for every client"),
+        (("--set", "experts.max=2", "--ablation", "mixing"), "mixing: answers needs an expert for every client"),
         # How large the public set is only the data say.
         (("--ablation", "sizes"), "proxies.pool = 500 is not less than the 300 samples"),
     ],
@@ -179,6 +181,8 @@ def test_a_method_that_a_preset_does_not_allow_is_refused_before_anything_runs(
     preset: Path, tmp_path: Path, run_metamoe, capsys, changes: tuple[str, ...], said: str
 ) -> None:
     out = tmp_path / "out"
+    with pytest.raises(MetaMoEError):
+        load_settings(str(preset), ["proxies.count=400"])
     assert run_metamoe("benchmark", "--preset", str(preset), *changes, "--out", str(out)) != 0
     assert said in capsys.readouterr().err
     assert not (out / "outcomes").exists()
