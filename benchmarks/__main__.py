@@ -16,7 +16,7 @@ from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
 from benchmarks.start import start_up
-from common.files import write_json
+from metamoe.common.files import write_json
 
 Rows = dict[str, dict[str, float | str]]
 PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common.config import load_settings
-from server.exchange import Exchange
-from simulations import local
+from metamoe.common.config import load_settings
+from metamoe.server.exchange import Exchange
+from metamoe.simulations import local
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from common import config
-from common.compute import threads
-from common.config import validated
-from common.model.inputs import Inputs, encode, prompt_tokens
-from common.model.lora import expert_shapes
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.routing import evidence_paths
-from common.model.seed import Seed
+from metamoe.common import config
+from metamoe.common.compute import threads
+from metamoe.common.config import validated
+from metamoe.common.model.inputs import Inputs, encode, prompt_tokens
+from metamoe.common.model.lora import expert_shapes
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.routing import evidence_paths
+from metamoe.common.model.seed import Seed
 
 Row = dict[str, float | str]
 _CASES = ((3, 1), (3, 2), (30, 1), (30, 2))

@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 from flwr.common.serde import recorddict_to_proto
 
-from common.config import Settings, load_settings, to_toml
-from common.files import write_atomically
-from common.model.lora import expert_layers, expert_shapes
-from common.model.seed import load_seed
-from common.wire import AUDIT_ARTIFACTS, encode_reply, reply_artifacts
-from deploy import flower
-from simulations.flower import run_flower
+from metamoe.common.config import Settings, load_settings, to_toml
+from metamoe.common.files import write_atomically
+from metamoe.common.model.lora import expert_layers, expert_shapes
+from metamoe.common.model.seed import load_seed
+from metamoe.common.wire import AUDIT_ARTIFACTS, encode_reply, reply_artifacts
+from metamoe.deploy import flower
+from metamoe.simulations.flower import run_flower
 
 Row = dict[str, float | str]
 _ROOT = Path(__file__).parents[1]

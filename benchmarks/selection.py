@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from server.dpp import greedy_map
+from metamoe.server.dpp import greedy_map
 
 Row = dict[str, float | str]
 _WIDTH, _PICKS, _CLUSTERS = 768, 500, 200

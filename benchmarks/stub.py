@@ -4,10 +4,10 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.egress import guard
-from client.site import site_of
-from common.model.seed import load_seed
-from common.wire import MESSAGE_TYPE, Kind, decode_request, encode_reply, reply_artifacts
+from metamoe.client.egress import guard
+from metamoe.client.site import site_of
+from metamoe.common.model.seed import load_seed
+from metamoe.common.wire import MESSAGE_TYPE, Kind, decode_request, encode_reply, reply_artifacts
 
 app = ClientApp(mods=[guard])
 

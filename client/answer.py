@@ -8,32 +8,32 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
-from client.deliver import store_and_evaluate
-from client.dp_sgd import train_with_privacy
-from client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
-from client.policy import policy_of
-from client.private import private_samples
-from client.profile import profile
-from client.site import Site
-from common.audit.policy import check_private_samples
-from common.compute import device_of, precision_of, threads
-from common.config import Settings
-from common.data.datasets import known_classes, label_space, load_public, public_fingerprint
-from common.data.tasks import class_names
-from common.errors import (
+from metamoe.client.deliver import store_and_evaluate
+from metamoe.client.dp_sgd import train_with_privacy
+from metamoe.client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
+from metamoe.client.policy import policy_of
+from metamoe.client.private import private_samples
+from metamoe.client.profile import profile
+from metamoe.client.site import Site
+from metamoe.common.audit.policy import check_private_samples
+from metamoe.common.compute import device_of, precision_of, threads
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import known_classes, label_space, load_public, public_fingerprint
+from metamoe.common.data.tasks import class_names
+from metamoe.common.errors import (
     InvalidSettingError,
     PrivateDataError,
     ProtocolError,
     PublicDataMismatchError,
     SeedMismatchError,
 )
-from common.events import EventLog
-from common.files import replaced_folder, write_json
-from common.model.artifact import UnifiedWeights, routers_from
-from common.model.lora import expert_shapes, load_adapter, save_adapter
-from common.model.seed import Seed, load_seed
-from common.privacy import expert_mechanism
-from common.wire import Kind, Request, reply_artifacts
+from metamoe.common.events import EventLog
+from metamoe.common.files import replaced_folder, write_json
+from metamoe.common.model.artifact import UnifiedWeights, routers_from
+from metamoe.common.model.lora import expert_shapes, load_adapter, save_adapter
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.privacy import expert_mechanism
+from metamoe.common.wire import Kind, Request, reply_artifacts
 
 
 def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:

@@ -3,10 +3,10 @@
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.answer import answer
-from client.egress import guard
-from client.site import Site, site_of
-from common.wire import MESSAGE_TYPE, Kind, decode_request, encode_reply
+from metamoe.client.answer import answer
+from metamoe.client.egress import guard
+from metamoe.client.site import Site, site_of
+from metamoe.common.wire import MESSAGE_TYPE, Kind, decode_request, encode_reply
 
 
 def respond(kind: Kind, content: RecordDict, site: Site) -> RecordDict:

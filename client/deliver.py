@@ -4,11 +4,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from common.config import Settings
-from common.data.tasks import accuracy, class_names, samples_of
-from common.files import write_json
-from common.model.artifact import UnifiedWeights, load_model, save_model
-from common.model.seed import Seed
+from metamoe.common.config import Settings
+from metamoe.common.data.tasks import accuracy, class_names, samples_of
+from metamoe.common.files import write_json
+from metamoe.common.model.artifact import UnifiedWeights, load_model, save_model
+from metamoe.common.model.seed import Seed
 
 
 def store_and_evaluate(

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from common.config import Settings
-from common.data.tasks import all_pixels, class_logits, labels_in, text_features
-from common.model.inputs import embed
-from common.model.lora import Expert, expert_of, rounded, with_lora
-from common.model.seed import Seed
-from common.privacy import Mechanism
+from metamoe.common.config import Settings
+from metamoe.common.data.tasks import all_pixels, class_logits, labels_in, text_features
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
+from metamoe.common.model.seed import Seed
+from metamoe.common.privacy import Mechanism
 
 
 def train_with_privacy(
@@ -38,7 +38,7 @@ def train_with_privacy(
         private: the private training samples.
         space: the class names told apart.
         start: the expert to go on from.
-        mechanism: of :func:`common.privacy.expert_mechanism`.
+        mechanism: of :func:`metamoe.common.privacy.expert_mechanism`.
         rng: where sampling and noise come from.
         progress: called with steps done and in all.
 

@@ -12,10 +12,10 @@ import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
-from client.policy import policy_of
-from client.site import Site, site_of
-from common.audit.code import code_hash
-from common.audit.entries import (
+from metamoe.client.policy import policy_of
+from metamoe.client.site import Site, site_of
+from metamoe.common.audit.code import code_hash
+from metamoe.common.audit.entries import (
     Entry,
     Intent,
     Open,
@@ -26,15 +26,15 @@ from common.audit.entries import (
     receipt_statement,
     settings_hash,
 )
-from common.audit.keys import signed_by
-from common.audit.ledger import Ledger
-from common.audit.policy import DEFAULT, Policy, check_arrays, check_budget, check_request, policy_hash, policy_text
-from common.config import Settings
-from common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
-from common.files import write_atomically
-from common.model.seed import load_seed
-from common.privacy import expert_mechanism, vectors_mechanism
-from common.wire import (
+from metamoe.common.audit.keys import signed_by
+from metamoe.common.audit.ledger import Ledger
+from metamoe.common.audit.policy import DEFAULT, Policy, check_arrays, check_budget, check_request, policy_hash, policy_text
+from metamoe.common.config import Settings
+from metamoe.common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
+from metamoe.common.files import write_atomically
+from metamoe.common.model.seed import load_seed
+from metamoe.common.privacy import expert_mechanism, vectors_mechanism
+from metamoe.common.wire import (
     AUDIT_ARTIFACTS,
     CLIENT_ERROR_CODE,
     MESSAGE_TYPE,

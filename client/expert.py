@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.compute import derived_seed, optimizer_of
-from common.config import ExpertTraining, Settings
-from common.data.datasets import fingerprint
-from common.data.tasks import in_parts, input_batches, samples_of
-from common.model.inputs import encode
-from common.model.lora import Expert, expert_of, rounded, with_lora
-from common.model.routing import all_evidence_paths, routing_vectors
-from common.model.seed import Seed
+from metamoe.common.compute import derived_seed, optimizer_of
+from metamoe.common.config import ExpertTraining, Settings
+from metamoe.common.data.datasets import fingerprint
+from metamoe.common.data.tasks import in_parts, input_batches, samples_of
+from metamoe.common.model.inputs import encode
+from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
+from metamoe.common.model.routing import all_evidence_paths, routing_vectors
+from metamoe.common.model.seed import Seed
 
 _STAGE = 2
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from common.config import ListChoices
-from common.data.images import classes_of_parts, image_dataset, image_files, readable
-from common.data.questions import read_questions
-from common.errors import DataFormatError, InputFileError, PrivateDataError
+from metamoe.common.config import ListChoices
+from metamoe.common.data.images import classes_of_parts, image_dataset, image_files, readable
+from metamoe.common.data.questions import read_questions
+from metamoe.common.errors import DataFormatError, InputFileError, PrivateDataError
 
 _SPLITS = ("train", "validation", "test")
 
@@ -51,7 +51,7 @@ def check_questions(folder: Path) -> FolderReport:
 
 
 def read_question_folder(folder: Path, split: str, list_choices: ListChoices) -> Dataset:
-    """The questions of one split; columns, and ``list_choices``, as in :mod:`common.data.questions`.
+    """The questions of one split; columns, and ``list_choices``, as in :mod:`metamoe.common.data.questions`.
 
     Raises:
         PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a line is not a

@@ -1,7 +1,7 @@
 """Which policy a client runs under."""
 
-from client.site import Site
-from common.audit.policy import DEFAULT, SIMULATION, Policy, load_policy
+from metamoe.client.site import Site
+from metamoe.common.audit.policy import DEFAULT, SIMULATION, Policy, load_policy
 
 
 def policy_of(site: Site) -> Policy:

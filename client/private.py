@@ -2,12 +2,12 @@
 
 from datasets import Dataset
 
-from client.folder import read_folder, read_question_folder
-from client.site import Site
-from common.config import Settings
-from common.data.datasets import known_classes, load_private
-from common.data.tasks import class_names
-from common.errors import PrivateDataError
+from metamoe.client.folder import read_folder, read_question_folder
+from metamoe.client.site import Site
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import known_classes, load_private
+from metamoe.common.data.tasks import class_names
+from metamoe.common.errors import PrivateDataError
 
 
 def private_samples(settings: Settings, site: Site, split: str) -> Dataset:

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.compute import derived_seed
-from common.config import Settings
-from common.data.tasks import input_batches
-from common.model.routing import all_evidence_paths, sample_features
-from common.model.seed import Seed
-from common.privacy import private_means, vectors_mechanism
+from metamoe.common.compute import derived_seed
+from metamoe.common.config import Settings
+from metamoe.common.data.tasks import input_batches
+from metamoe.common.model.routing import all_evidence_paths, sample_features
+from metamoe.common.model.seed import Seed
+from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
 _PUBLIC_SAMPLES = 2_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.compute import derived_seed
+from metamoe.common.compute import derived_seed
 
 _NOISE = 7
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from common.errors import InvalidSettingError
+from metamoe.common.errors import InvalidSettingError
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.errors import InvalidSettingError, PresetNotFoundError, ProxyCountError, UnknownSettingError
+from metamoe.common.errors import InvalidSettingError, PresetNotFoundError, ProxyCountError, UnknownSettingError
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -381,7 +381,7 @@ class Settings(Section):
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
-    folder = resources.files("common") / "presets"
+    folder = resources.files("metamoe.common") / "presets"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -392,7 +392,7 @@ def preset_text(preset: str) -> str:
         PresetNotFoundError: there is neither.
     """
     if preset in preset_names():
-        return (resources.files("common") / "presets" / f"{preset}.toml").read_text()
+        return (resources.files("metamoe.common") / "presets" / f"{preset}.toml").read_text()
     if Path(preset).is_file():
         try:
             return Path(preset).read_text()

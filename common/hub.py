@@ -2,7 +2,7 @@
 
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 
-from common.errors import HubError
+from metamoe.common.errors import HubError
 
 HUB_FAILURES = (OSError, ValueError, RuntimeError, HTTPError)
 """What libraries raise when a hub does not give what is asked for."""

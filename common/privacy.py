@@ -13,8 +13,8 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from common.config import Settings
-from common.fisher import shrunk_covariance
+from metamoe.common.config import Settings
+from metamoe.common.fisher import shrunk_covariance
 
 
 @dataclass(frozen=True)

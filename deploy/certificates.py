@@ -7,7 +7,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from deploy.keys import Federation
+from metamoe.deploy.keys import Federation
 
 
 def certificate_problems(folder: Path, federation: Federation, now: datetime) -> dict[Path, str]:

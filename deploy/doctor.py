@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from common.errors import MetaMoEError
-from deploy.certificates import certificate_problem, certificate_problems
-from deploy.keys import Federation, read_federation
-from deploy.processes import online_nodes, registered, status
+from metamoe.common.errors import MetaMoEError
+from metamoe.deploy.certificates import certificate_problem, certificate_problems
+from metamoe.deploy.keys import Federation, read_federation
+from metamoe.deploy.processes import online_nodes, registered, status
 
 _SOON = timedelta(days=30)
 _ANSWER_SECONDS = 10
@@ -67,7 +67,7 @@ def examine_client(folder: Path, host: str, port: int, now: datetime) -> list[Fi
     """Look at everything of one client, and at its way to a server that is elsewhere.
 
     Args:
-        folder: the client's, from :func:`deploy.keys.make_client_keys`.
+        folder: the client's, from :func:`metamoe.deploy.keys.make_client_keys`.
         host: of the server.
         port: of the server.
         now: the time on this machine, with a time zone.

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import tomli_w
 
-from common.errors import RunFailedError, by_code
-from common.files import cache_folder, write_atomically
+from metamoe.common.errors import RunFailedError, by_code
+from metamoe.common.files import cache_folder, write_atomically
 
 _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15
@@ -42,7 +42,7 @@ def write_connection(home: Path, name: str, connection: Mapping[str, str | bool]
     write_atomically(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: dict(connection)}}))
 
 
-CLIENT_APP = "client.app:app"
+CLIENT_APP = "metamoe.client.app:app"
 
 
 def run(
@@ -153,7 +153,7 @@ def _write_app(folder: Path, client_app: str) -> Path:
             "flwr": {
                 "app": {
                     "publisher": "metamoe",
-                    "components": {"serverapp": "server.app:app", "clientapp": client_app},
+                    "components": {"serverapp": "metamoe.server.app:app", "clientapp": client_app},
                     "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": ""},
                 }
             }

@@ -31,10 +31,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.audit.keys import audit_key, public_hex, read_public
-from common.audit.policy import DEFAULT, policy_text
-from common.errors import InputFileError, InvalidSettingError, first_problem
-from common.files import write_atomically
+from metamoe.common.audit.keys import audit_key, public_hex, read_public
+from metamoe.common.audit.policy import DEFAULT, policy_text
+from metamoe.common.errors import InputFileError, InvalidSettingError, first_problem
+from metamoe.common.files import write_atomically
 
 # Clocks of different machines differ a little: a certificate is valid from just before it is made.
 _BACKDATED = timedelta(minutes=5)

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from common.config import Settings
-from common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError, first_problem
-from common.files import write_atomically, write_json
-from deploy import flower
-from deploy.certificates import certificate_problems
-from deploy.keys import Federation, read_federation
+from metamoe.common.config import Settings
+from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError, first_problem
+from metamoe.common.files import write_atomically, write_json
+from metamoe.deploy import flower
+from metamoe.deploy.certificates import certificate_problems
+from metamoe.deploy.keys import Federation, read_federation
 
 CONNECTION = "federation"
 _ONLINE_SECONDS = 90
@@ -72,7 +72,7 @@ def up(folder: Path, progress: Callable[[str], None]) -> None:
     """Start whatever of a federation does not run, register the nodes that are not, and wait until all are online.
 
     Args:
-        folder: the federation's, from :func:`deploy.keys.make_keys`.
+        folder: the federation's, from :func:`metamoe.deploy.keys.make_keys`.
         progress: told what is being waited for.
 
     Raises:

@@ -5,10 +5,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import load_settings, to_toml
-from common.errors import MetaMoEError
-from common.files import write_atomically, write_json
-from server.strategy import MetaMoE
+from metamoe.common.config import load_settings, to_toml
+from metamoe.common.errors import MetaMoEError
+from metamoe.common.files import write_atomically, write_json
+from metamoe.server.strategy import MetaMoE
 
 app = ServerApp()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from common.audit.code import code_hash
-from common.audit.entries import (
+from metamoe.common.audit.code import code_hash
+from metamoe.common.audit.entries import (
     Arrival,
     Failure,
     Open,
@@ -19,12 +19,12 @@ from common.audit.entries import (
     receipt_statement,
     settings_hash,
 )
-from common.audit.ledger import Ledger
-from common.config import Settings
-from common.errors import MetaMoEError, ProtocolError, RunFailedError
-from common.events import EventLog
-from common.model.seed import Seed
-from common.wire import (
+from metamoe.common.audit.ledger import Ledger
+from metamoe.common.config import Settings
+from metamoe.common.errors import MetaMoEError, ProtocolError, RunFailedError
+from metamoe.common.events import EventLog
+from metamoe.common.model.seed import Seed
+from metamoe.common.wire import (
     Envelope,
     Kind,
     RecordDict,

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from common.config import Lora
-from common.files import replaced_folder
-from common.model.lora import Expert, load_adapter, save_adapter
-from common.model.seed import Seed
+from metamoe.common.config import Lora
+from metamoe.common.files import replaced_folder
+from metamoe.common.model.lora import Expert, load_adapter, save_adapter
+from metamoe.common.model.seed import Seed
 
 ADAPTER = "adapter_model.safetensors"
 _VECTORS = "routing_vectors.safetensors"

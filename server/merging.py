@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from scipy.linalg import solve_triangular
 
-from common.config import Settings
-from common.fisher import shrunk_covariance
-from common.model.lora import Expert, rounded
-from common.model.seed import Seed
-from server.experts import ADAPTER, store_expert
-from server.proxies import Selection
+from metamoe.common.config import Settings
+from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.model.lora import Expert, rounded
+from metamoe.common.model.seed import Seed
+from metamoe.server.experts import ADAPTER, store_expert
+from metamoe.server.proxies import Selection
 
 _COVARIANCE_SAMPLES = 4_000
 

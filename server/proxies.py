@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.compute import derived_seed, threads
-from common.config import Proxies, Settings
-from common.errors import ProxyCountError
-from common.fisher import shrunk_covariance
-from server.dpp import greedy_map
-from server.relevance import fisher_discriminants, linear_scores, logistic_link
+from metamoe.common.compute import derived_seed, threads
+from metamoe.common.config import Proxies, Settings
+from metamoe.common.errors import ProxyCountError
+from metamoe.common.fisher import shrunk_covariance
+from metamoe.server.dpp import greedy_map
+from metamoe.server.relevance import fisher_discriminants, linear_scores, logistic_link
 
 _STAGE = 1
 _COVARIANCE_SAMPLES = 50_000

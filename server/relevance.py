@@ -4,7 +4,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, softmax
 
-from common.fisher import fisher_rows
+from metamoe.common.fisher import fisher_rows
 
 _SHARD = 4_096
 

@@ -7,23 +7,23 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from common.audit.keys import audit_key
-from common.audit.ledger import Ledger
-from common.compute import device_of, precision_of, threads
-from common.config import Settings
-from common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
-from common.data.tasks import check_seed
-from common.events import EventLog
-from common.files import write_json
-from common.model.artifact import router_arrays, save_model
-from common.model.routing import all_evidence_paths
-from common.model.seed import load_seed
-from server.embedding import public_features
-from server.exchange import Ask, Exchange
-from server.experts import store_expert, stored_expert, stored_vectors
-from server.merging import Contribution, merge
-from server.proxies import select_proxies, selection_record
-from server.unify import initial_routers, router_samples, unify
+from metamoe.common.audit.keys import audit_key
+from metamoe.common.audit.ledger import Ledger
+from metamoe.common.compute import device_of, precision_of, threads
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
+from metamoe.common.data.tasks import check_seed
+from metamoe.common.events import EventLog
+from metamoe.common.files import write_json
+from metamoe.common.model.artifact import router_arrays, save_model
+from metamoe.common.model.routing import all_evidence_paths
+from metamoe.common.model.seed import load_seed
+from metamoe.server.embedding import public_features
+from metamoe.server.exchange import Ask, Exchange
+from metamoe.server.experts import store_expert, stored_expert, stored_vectors
+from metamoe.server.merging import Contribution, merge
+from metamoe.server.proxies import select_proxies, selection_record
+from metamoe.server.unify import initial_routers, router_samples, unify
 
 
 def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, audit_keys: Path | None = None) -> None:
@@ -40,7 +40,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
         audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
 
     Raises:
-        MetaMoEError: one of its kinds, see :class:`server.exchange.Exchange`.
+        MetaMoEError: one of its kinds, see :class:`metamoe.server.exchange.Exchange`.
     """
     events, names = EventLog(out / "events.jsonl"), settings.client_names
     timings: dict[str, Timing] = {}

@@ -8,10 +8,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.config import Settings
-from common.errors import MetaMoEError, RunFailedError, by_code
-from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
-from server.stages import run_stages
+from metamoe.common.config import Settings
+from metamoe.common.errors import MetaMoEError, RunFailedError, by_code
+from metamoe.common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
+from metamoe.server.stages import run_stages
 
 _POLL_SECONDS = 0.2
 _COHORT = 100
@@ -36,7 +36,7 @@ class MetaMoE(Strategy):
         self.settings, self.out, self.audit_keys = settings, out, audit_keys
 
     def start(self, grid: Grid) -> None:  # type: ignore[override]
-        """Run the stages; see :func:`server.stages.run_stages` for what is written and raised."""
+        """Run the stages; see :func:`metamoe.server.stages.run_stages` for what is written and raised."""
         nodes = self._nodes(grid)
         run_stages(self.settings, nodes, lambda kind, requests: self._ask(grid, kind, requests), self.out, self.audit_keys)
 

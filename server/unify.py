@@ -7,18 +7,18 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.compute import derived_seed, optimizer_of
-from common.config import Settings
-from common.data.datasets import label_space
-from common.data.tasks import class_names, in_parts, input_batches, samples_of
-from common.fisher import shrunk_covariance
-from common.model.artifact import UnifiedWeights
-from common.model.inputs import Tokens
-from common.model.lora import Expert, rounded, with_lora
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.routing import all_evidence_paths, evidence_paths, router_rows, routing_vectors
-from common.model.seed import Seed
-from server.relevance import tempered_weights
+from metamoe.common.compute import derived_seed, optimizer_of
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import label_space
+from metamoe.common.data.tasks import class_names, in_parts, input_batches, samples_of
+from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.model.artifact import UnifiedWeights
+from metamoe.common.model.inputs import Tokens
+from metamoe.common.model.lora import Expert, rounded, with_lora
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.routing import all_evidence_paths, evidence_paths, router_rows, routing_vectors
+from metamoe.common.model.seed import Seed
+from metamoe.server.relevance import tempered_weights
 
 _STAGE = 3
 _COVARIANCE_SAMPLES = 4_000

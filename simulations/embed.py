@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from common.compute import threads
-from common.config import Settings
-from common.data.datasets import fingerprint, load_public, public_fingerprint
-from common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
-from common.model.routing import all_evidence_paths
-from common.model.seed import load_seed
-from server.embedding import embed_shard, public_features
+from metamoe.common.compute import threads
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
+from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
+from metamoe.common.model.routing import all_evidence_paths
+from metamoe.common.model.seed import load_seed
+from metamoe.server.embedding import embed_shard, public_features
 
 _WAITING = 4
 """Shards asked for, for each that is computed: results wait in memory until they are on disk here."""

@@ -9,14 +9,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import config
-from common.config import Settings
-from common.data.datasets import evaluation_sets, held_out_public
-from common.data.tasks import Batch, Samples, Scores, class_names, samples_of
-from common.model.inputs import Tokens, encode, masked_mean
-from common.model.lora import Expert
-from common.model.moe import UnifiedModel
-from common.model.seed import load_seed
+from metamoe.common import config
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import evaluation_sets, held_out_public
+from metamoe.common.data.tasks import Batch, Samples, Scores, class_names, samples_of
+from metamoe.common.model.inputs import Tokens, encode, masked_mean
+from metamoe.common.model.lora import Expert
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.seed import load_seed
 
 PUBLIC = "public"
 

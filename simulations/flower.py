@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.config import Settings
-from deploy import flower
+from metamoe.common.config import Settings
+from metamoe.deploy import flower
 
 _CONNECTION = "simulation"
 

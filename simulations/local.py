@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from client.app import respond
-from client.egress import audited
-from client.site import Site
-from common.config import Settings
-from common.errors import MetaMoEError
-from common.wire import Kind, RecordDict
-from server.stages import run_stages
+from metamoe.client.app import respond
+from metamoe.client.egress import audited
+from metamoe.client.site import Site
+from metamoe.common.config import Settings
+from metamoe.common.errors import MetaMoEError
+from metamoe.common.wire import Kind, RecordDict
+from metamoe.server.stages import run_stages
 
 
 def run_local(settings: Settings, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Before a simulation: everything that can be found missing or empty is found now, not after minutes."""
 
-from common.config import Settings
-from common.errors import InvalidSettingError
+from metamoe.common.config import Settings
+from metamoe.common.errors import InvalidSettingError
 
 
 def prepare(settings: Settings) -> None:
@@ -11,7 +11,7 @@ def prepare(settings: Settings) -> None:
         InvalidSettingError: a domain does not exist.
         EmptyPartitionError: a client would have no data.
     """
-    from common.data.datasets import check_domains, load_domain, load_private, load_public
+    from metamoe.common.data.datasets import check_domains, load_domain, load_private, load_public
 
     if settings.data.private == "own":
         raise InvalidSettingError("data.private = own is for clients beside their data: metamoe deploy run")

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from common.compute import threads
-from common.config import Settings
-from common.data.tasks import Scores, accuracy
-from common.files import write_atomically, write_json
-from common.model.artifact import load_model
-from common.model.lora import load_adapter, with_lora
-from common.model.seed import load_seed
-from simulations.evaluate import PUBLIC, accuracy_and_routing, dense, test_sets
-from simulations.tables import table
+from metamoe.common.compute import threads
+from metamoe.common.config import Settings
+from metamoe.common.data.tasks import Scores, accuracy
+from metamoe.common.files import write_atomically, write_json
+from metamoe.common.model.artifact import load_model
+from metamoe.common.model.lora import load_adapter, with_lora
+from metamoe.common.model.seed import load_seed
+from metamoe.simulations.benchmark.tables import table
+from metamoe.simulations.evaluate import PUBLIC, accuracy_and_routing, dense, test_sets
 
 UNIFIED = "metamoe"
 ZERO_SHOT = "zero-shot"

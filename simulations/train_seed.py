@@ -2,7 +2,7 @@
 
 Run once; the result is shipped in ``common/model/glyphs_seed``::
 
-    python -m simulations.train_seed --out common/model/glyphs_seed
+    python -m metamoe.simulations.train_seed --out common/model/glyphs_seed
 """
 
 import json
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from common.data import glyphs
+from metamoe.common.data import glyphs
 
 _BATCH = 256
 _EXTRA_NAMES = 1_024

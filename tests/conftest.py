@@ -10,10 +10,10 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from common.config import Settings, validated
-from common.model.lora import Expert, expert_shapes
-from common.model.seed import Seed, load_seed
-from simulations.train_seed import tokenizer_for
+from metamoe.common.config import Settings, validated
+from metamoe.common.model.lora import Expert, expert_shapes
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.simulations.train_seed import tokenizer_for
 
 WORDS = ["LATIN SMALL LETTER A", "LATIN SMALL LETTER B", "DIGIT ONE", "WHITE CIRCLE", "BLACK SQUARE"]
 
@@ -78,7 +78,7 @@ def small_run(seed_folder: Path) -> Settings:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, seed_folder: Path) -> Path:
     """The folder of a small run that came to its end; not to be changed."""
-    from simulations.local import run_local
+    from metamoe.simulations.local import run_local
 
     out = tmp_path_factory.mktemp("finished")
     run_local(small_run(seed_folder), out)
@@ -111,7 +111,7 @@ def random_features(rows: int, columns: int, number: int = 0) -> np.ndarray:
 @pytest.fixture
 def run_metamoe(monkeypatch: pytest.MonkeyPatch):
     """Run the command in this process; returns its exit code."""
-    from simulations import cli
+    from metamoe import cli
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["metamoe", *arguments])

@@ -7,7 +7,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from common.errors import InputFileError
+from metamoe.common.errors import InputFileError
 
 _SECRET, _PUBLIC = "audit.key", "audit.pub"
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 from pydantic import ValidationError
 
-from common.audit.entries import (
+from metamoe.common.audit.entries import (
     FIRST,
     Entry,
     Head,
@@ -22,10 +22,10 @@ from common.audit.entries import (
     head_statement,
     seal_statement,
 )
-from common.audit.keys import audit_key, public_hex
-from common.audit.merkle import merkle_root
-from common.errors import LedgerError
-from common.files import write_atomically
+from metamoe.common.audit.keys import audit_key, public_hex
+from metamoe.common.audit.merkle import merkle_root
+from metamoe.common.errors import LedgerError
+from metamoe.common.files import write_atomically
 
 LEDGER, HEAD = "ledger.jsonl", "head.json"
 

@@ -15,10 +15,10 @@ import numpy as np
 import tomli_w
 from pydantic import Field, ValidationError
 
-from common.audit.entries import ArrayEntry, Digest, Entry, Intent, Spent
-from common.config import Count, NonNegative, Positive, Section, Settings
-from common.errors import BudgetError, InputFileError, PolicyError, first_problem
-from common.privacy import Mechanism, total_epsilon
+from metamoe.common.audit.entries import ArrayEntry, Digest, Entry, Intent, Spent
+from metamoe.common.config import Count, NonNegative, Positive, Section, Settings
+from metamoe.common.errors import BudgetError, InputFileError, PolicyError, first_problem
+from metamoe.common.privacy import Mechanism, total_epsilon
 
 ArtifactKind = Literal[
     "client",

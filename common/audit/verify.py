@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from common.audit.entries import (
+from metamoe.common.audit.entries import (
     FIRST,
     ArrayEntry,
     Arrival,
@@ -28,11 +28,11 @@ from common.audit.entries import (
     receipt_statement,
     seal_statement,
 )
-from common.audit.keys import public_file, read_public, signed_by
-from common.audit.ledger import HEAD, LEDGER
-from common.audit.merkle import merkle_root
-from common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy, policy_hash
-from common.errors import InputFileError, PolicyError, first_problem
+from metamoe.common.audit.keys import public_file, read_public, signed_by
+from metamoe.common.audit.ledger import HEAD, LEDGER
+from metamoe.common.audit.merkle import merkle_root
+from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy, policy_hash
+from metamoe.common.errors import InputFileError, PolicyError, first_problem
 
 _Kind = TypeVar("_Kind", bound=Entry)
 

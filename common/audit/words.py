@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from common.audit.entries import ArrayEntry, Intent, Spent
-from common.audit.policy import ArtifactKind, Policy, kind_of_array
-from common.errors import PolicyError
+from metamoe.common.audit.entries import ArrayEntry, Intent, Spent
+from metamoe.common.audit.policy import ArtifactKind, Policy, kind_of_array
+from metamoe.common.errors import PolicyError
 
 
 @dataclass(frozen=True)

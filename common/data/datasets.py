@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Image, disable_progress_bars, enable_progress_bars, load_from_disk
 
-from common.config import Data, Settings
-from common.data import glyphs
-from common.data.images import load_images
-from common.data.questions import load_questions, with_distractors
-from common.errors import EmptyPartitionError, InvalidSettingError
-from common.files import cache_folder, write_atomically
+from metamoe.common.config import Data, Settings
+from metamoe.common.data import glyphs
+from metamoe.common.data.images import load_images
+from metamoe.common.data.questions import load_questions, with_distractors
+from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
+from metamoe.common.files import cache_folder, write_atomically
 
 
 @lru_cache(maxsize=2)

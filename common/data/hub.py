@@ -2,7 +2,7 @@
 
 from datasets import DatasetDict, load_dataset
 
-from common.hub import HUB_FAILURES, hub_error
+from metamoe.common.hub import HUB_FAILURES, hub_error
 
 # Where the hub keeps its own conversion of a data set that is published as a script.
 _CONVERTED = "refs/convert/parquet"

@@ -7,9 +7,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from common.config import Data
-from common.data.hub import load_from_hub
-from common.errors import DataFormatError, InputFileError
+from metamoe.common.config import Data
+from metamoe.common.data.hub import load_from_hub
+from metamoe.common.errors import DataFormatError, InputFileError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")

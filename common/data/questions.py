@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from common.config import Data, ListChoices
-from common.data.hub import load_from_hub
-from common.errors import DataFormatError, InputFileError
+from metamoe.common.config import Data, ListChoices
+from metamoe.common.data.hub import load_from_hub
+from metamoe.common.errors import DataFormatError, InputFileError
 
 FEATURES = Features({"prompt": Value("string"), "choices": List(Value("string")), "answer": Value("int64")})
 _PARTS = ("train", "validation", "test")

@@ -11,11 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from common import config
-from common.data.text import Question, Targets, packed, prompt_batches, tokenised
-from common.errors import InvalidSettingError
-from common.model.inputs import Inputs, Tokens
-from common.model.seed import Seed
+from metamoe.common import config
+from metamoe.common.data.text import Question, Targets, packed, prompt_batches, tokenised
+from metamoe.common.errors import InvalidSettingError
+from metamoe.common.model.inputs import Inputs, Tokens
+from metamoe.common.model.seed import Seed
 
 _BATCH = 256
 

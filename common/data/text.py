@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common import config
-from common.model.inputs import Tokens, prompt_tokens
+from metamoe.common import config
+from metamoe.common.model.inputs import Tokens, prompt_tokens
 
 # Few, as all are padded to the longest.
 _BATCH = 4

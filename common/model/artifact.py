@@ -16,13 +16,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
-from common import config
-from common.compute import device_of
-from common.errors import ModelFileError, SeedMismatchError, first_problem
-from common.files import replaced_folder, write_json
-from common.model.lora import Expert, load_adapter, save_adapter
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.seed import Seed, load_seed
+from metamoe.common import config
+from metamoe.common.compute import device_of
+from metamoe.common.errors import ModelFileError, SeedMismatchError, first_problem
+from metamoe.common.files import replaced_folder, write_json
+from metamoe.common.model.lora import Expert, load_adapter, save_adapter
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.seed import Seed, load_seed
 
 FORMAT = 5
 _MANIFEST = "manifest.json"

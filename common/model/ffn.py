@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from common.errors import ModelStructureError
+from metamoe.common.errors import ModelStructureError
 
 
 @dataclass(frozen=True)

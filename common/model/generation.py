@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from common.model.inputs import Tokens, prompt_tokens
-from common.model.moe import DecodingCache, UnifiedModel
+from metamoe.common.model.inputs import Tokens, prompt_tokens
+from metamoe.common.model.moe import DecodingCache, UnifiedModel
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.errors import InputFileError
-from common.files import cache_folder, replaced_folder
+from metamoe.common.errors import InputFileError
+from metamoe.common.files import cache_folder, replaced_folder
 
 
 def packaged_gguf(package: str) -> Path:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.config import Lora
-from common.errors import InvalidSettingError
-from common.model.seed import Seed, share
+from metamoe.common.config import Lora
+from metamoe.common.errors import InvalidSettingError
+from metamoe.common.model.seed import Seed, share
 
 Expert = dict[str, Tensor]
 """The LoRA matrices of one expert, by name: ``<FFN path>.<linear map>.lora_<A|B>.weight``, A [r, in], B [out, r]."""

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from common import config
-from common.compute import full_precision
-from common.data.tasks import Batch
-from common.errors import ModelStructureError
-from common.model.ffn import form_of
-from common.model.inputs import Inputs, encode, masked_mean
-from common.model.lora import Expert, expert_layers
-from common.model.routing import evidence_paths
-from common.model.seed import Seed, share
+from metamoe.common import config
+from metamoe.common.compute import full_precision
+from metamoe.common.data.tasks import Batch
+from metamoe.common.errors import ModelStructureError
+from metamoe.common.model.ffn import form_of
+from metamoe.common.model.inputs import Inputs, encode, masked_mean
+from metamoe.common.model.lora import Expert, expert_layers
+from metamoe.common.model.routing import evidence_paths
+from metamoe.common.model.seed import Seed, share
 
 _GROUPING = 48
 """Without gradients, N tokens are grouped by what was chosen of K experts where that makes at most K N / _GROUPING groups; else
@@ -372,7 +372,7 @@ class UnifiedModel(nn.Module):
     def forward(
         self, inputs: Inputs, mask: Tensor | None = None, cache: DecodingCache | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """What :func:`common.model.inputs.encode` gives, and log pi [B, T, K] of each layer that decides.
+        """What :func:`metamoe.common.model.inputs.encode` gives, and log pi [B, T, K] of each layer that decides.
 
         Args:
             inputs: pixel values or text.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common import config
-from common.fisher import fisher_rows
-from common.model.inputs import Inputs, Tokens, embed, masked_mean
-from common.model.lora import expert_layers
-from common.model.seed import Seed
+from metamoe.common import config
+from metamoe.common.fisher import fisher_rows
+from metamoe.common.model.inputs import Inputs, Tokens, embed, masked_mean
+from metamoe.common.model.lora import expert_layers
+from metamoe.common.model.seed import Seed
 
 
 def evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list[list[str]]:

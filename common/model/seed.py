@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from common.errors import HubError, InputFileError
-from common.hub import HUB_FAILURES, hub_error
-from common.model.ffn import Form, ffn_paths, form_of
-from common.model.gguf import from_gguf, packaged_gguf
-from common.model.inputs import is_image_model
+from metamoe.common.errors import HubError, InputFileError
+from metamoe.common.hub import HUB_FAILURES, hub_error
+from metamoe.common.model.ffn import Form, ffn_paths, form_of
+from metamoe.common.model.gguf import from_gguf, packaged_gguf
+from metamoe.common.model.inputs import is_image_model
 
 _TOWER = ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size", "image_size")
 _DECODER = (
@@ -136,7 +136,7 @@ def seed_place(reference: str) -> str:
         InputFileError: there is no such folder or file.
     """
     if reference == "glyphs":
-        return str(resources.files("common") / "model" / "glyphs_seed")
+        return str(resources.files("metamoe.common") / "model" / "glyphs_seed")
     if reference.startswith("package:"):
         return str(from_gguf(packaged_gguf(reference.removeprefix("package:"))))
     if reference.endswith(".gguf"):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPModel
 
-from common.config import Settings
-from common.data.text import packed
-from common.model.inputs import Inputs, Tokens, encode
-from common.model.lora import expert_shapes, with_lora
-from common.model.seed import Seed, seed_config
-from common.wire import MESSAGE_TYPE, reply_artifacts, request_artifacts
+from metamoe.common.config import Settings
+from metamoe.common.data.text import packed
+from metamoe.common.model.inputs import Inputs, Tokens, encode
+from metamoe.common.model.lora import expert_shapes, with_lora
+from metamoe.common.model.seed import Seed, seed_config
+from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts, request_artifacts
 
 _ADAM = 4
 """Numbers for each that is trained: itself, its gradient, and the two moments of AdamW."""

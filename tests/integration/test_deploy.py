@@ -15,19 +15,19 @@ import psutil
 import pytest
 import tomli_w
 
-from common.audit.entries import Intent
-from common.audit.keys import read_public
-from common.audit.policy import load_policy
-from common.audit.verify import check_ledger, reconcile
-from common.config import Settings, load_settings, to_toml, validated
-from common.data.datasets import load_public
-from common.errors import InputFileError, InvalidSettingError, RunFailedError
-from common.files import cache_folder, write_atomically
-from common.model.artifact import load_model
-from deploy import flower
-from deploy.keys import Federation, make_keys, read_federation
-from deploy.processes import Running, _start_server, down, register, status, up
-from simulations.local import run_local
+from metamoe.common.audit.entries import Intent
+from metamoe.common.audit.keys import read_public
+from metamoe.common.audit.policy import load_policy
+from metamoe.common.audit.verify import check_ledger, reconcile
+from metamoe.common.config import Settings, load_settings, to_toml, validated
+from metamoe.common.data.datasets import load_public
+from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError
+from metamoe.common.files import cache_folder, write_atomically
+from metamoe.common.model.artifact import load_model
+from metamoe.deploy import flower
+from metamoe.deploy.keys import Federation, make_keys, read_federation
+from metamoe.deploy.processes import Running, _start_server, down, register, status, up
+from metamoe.simulations.local import run_local
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.config import Settings, to_toml
-from common.errors import ProxyCountError
-from common.model.artifact import load_model
-from simulations.local import run_local
+from metamoe.common.config import Settings, to_toml
+from metamoe.common.errors import ProxyCountError
+from metamoe.common.model.artifact import load_model
+from metamoe.simulations.local import run_local
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

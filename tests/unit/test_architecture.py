@@ -1,17 +1,20 @@
 """The layering of the house, read from the imports."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("client", "common", "deploy", "server", "simulations")
-ALLOWED = {
-    "common": {"common"},
-    "client": {"client", "common"},
-    "server": {"server", "common"},
-    "deploy": {"deploy", "common"},
-    "simulations": {"client", "common", "deploy", "server", "simulations"},
+BELOW = {
+    "common": set[str](),
+    "client": {"common"},
+    "server": {"common"},
+    "deploy": {"common"},
+    "audit": {"client", "common", "server"},
+    "simulations": {"audit", "client", "common", "deploy", "server"},
+    "metamoe": {"audit", "client", "common", "deploy", "server", "simulations"},
 }
+"""The rooms, and what each may import beside itself."""
 FLOWER = {"client/app.py", "client/egress.py", "common/wire.py", "server/app.py", "server/strategy.py"}
 NUMPY_ONLY = {"common/fisher.py", "server/dpp.py", "server/relevance.py"}
 
@@ -19,22 +22,52 @@ NUMPY_ONLY = {"common/fisher.py", "server/dpp.py", "server/relevance.py"}
 def modules() -> dict[str, set[str]]:
     """Every module's file, and all that it imports at any level."""
     found = {}
-    for package in PACKAGES:
-        for file in (ROOT / package).rglob("*.py"):
+    for room in BELOW:
+        for file in (ROOT / room).rglob("*.py"):
             tree = ast.parse(file.read_text())
             names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-            names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-            assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), (
-                f"relative import in {file}"
-            )
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom):
+                    assert not node.level, f"relative import in {file}"
+                    names |= {f"{node.module}.{alias.name}" for alias in node.names}
             found[file.relative_to(ROOT).as_posix()] = names
     return found
 
 
-def test_packages_import_only_what_is_below_them() -> None:
+def room_of(module: str) -> str | None:
+    """The room that a module of ours is in; metamoe's own have no room in their name."""
+    first, _, rest = module.partition(".")
+    if first != "metamoe":
+        return None
+    second = rest.partition(".")[0]
+    return second if second in BELOW else "metamoe"
+
+
+def test_rooms_import_only_what_is_below_them() -> None:
     for file, names in modules().items():
-        ours = {name.split(".")[0] for name in names} & set(PACKAGES)
-        assert ours <= ALLOWED[file.split("/")[0]], f"{file} imports {ours}"
+        room = file.split("/")[0]
+        ours = {found for found in map(room_of, names) if found} - {room}
+        assert ours <= BELOW[room], f"{file} imports {ours - BELOW[room]}"
+
+
+def test_rooms_are_imported_under_metamoe_alone() -> None:
+    files = [file for top in (*BELOW, "tests", "benchmarks") for file in (ROOT / top).rglob("*.py")]
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & (set(BELOW) - {"metamoe"}), f"{file} imports {names}"
+
+
+def test_every_package_is_installed() -> None:
+    """Each folder with an __init__.py is in setuptools' list, or a wheel would lack it."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setup["package-dir"] == {f"metamoe.{room}": room for room in BELOW if room != "metamoe"} | {"metamoe": "metamoe"}
+    folders = [file.parent.relative_to(ROOT) for room in BELOW for file in (ROOT / room).rglob("__init__.py")]
+    assert sorted(setup["packages"]) == sorted(
+        ".".join(("metamoe", *f.parts)).replace("metamoe.metamoe", "metamoe") for f in folders
+    )
 
 
 def test_flower_is_at_the_edges_only() -> None:

@@ -14,14 +14,14 @@ from flwr.app import Context, Message, RecordDict
 from PIL import Image
 from safetensors import safe_open
 
-from client.app import app
-from common.audit.ledger import LEDGER
-from common.audit.policy import SIMULATION, policy_text
-from common.config import Settings, changed
-from common.errors import MetaMoEError
-from common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
-from server.stages import run_stages
-from simulations.ledgers import write_bundle
+from metamoe.audit.ledgers import write_bundle
+from metamoe.client.app import app
+from metamoe.common.audit.ledger import LEDGER
+from metamoe.common.audit.policy import SIMULATION, policy_text
+from metamoe.common.config import Settings, changed
+from metamoe.common.errors import MetaMoEError
+from metamoe.common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
+from metamoe.server.stages import run_stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("identity")]
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
-from client import answer as answers
-from client.app import app
-from client.egress import guard
-from common.config import Settings, validated
-from common.data.datasets import load_private, public_fingerprint
-from common.data.tasks import batches
-from common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
-from common.model.inputs import embed
-from common.model.seed import load_seed
-from common.wire import (
+from metamoe.client import answer as answers
+from metamoe.client.app import app
+from metamoe.client.egress import guard
+from metamoe.common.config import Settings, validated
+from metamoe.common.data.datasets import load_private, public_fingerprint
+from metamoe.common.data.tasks import batches
+from metamoe.common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.seed import load_seed
+from metamoe.common.wire import (
     ARRAYS,
     AUDIT,
     CLIENT_ERROR_CODE,

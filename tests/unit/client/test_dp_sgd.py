@@ -7,18 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from client.answer import answer
-from client.dp_sgd import train_with_privacy
-from client.site import Site, site_of
-from common.config import Settings, changed
-from common.data.datasets import label_space, load_private, load_public
-from common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
-from common.errors import PrivateDataError
-from common.model.inputs import embed
-from common.model.lora import Expert, rounded, with_lora
-from common.model.seed import load_seed
-from common.privacy import Mechanism
-from common.wire import Request
+from metamoe.client.answer import answer
+from metamoe.client.dp_sgd import train_with_privacy
+from metamoe.client.site import Site, site_of
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import label_space, load_private, load_public
+from metamoe.common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
+from metamoe.common.errors import PrivateDataError
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.lora import Expert, rounded, with_lora
+from metamoe.common.model.seed import load_seed
+from metamoe.common.privacy import Mechanism
+from metamoe.common.wire import Request
 from tests.conftest import random_expert
 
 PRIVATE = ["privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.min-samples=30", "privacy.expert-batch-size=40"]
@@ -98,7 +98,7 @@ def test_a_step_without_samples_is_a_step_of_noise(private: Settings) -> None:
 
 def request(settings: Settings) -> Request:
     arrays = {"proxies": np.arange(settings.proxies.count)}
-    from common.data.datasets import public_fingerprint
+    from metamoe.common.data.datasets import public_fingerprint
 
     return Request(settings, load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data), arrays)
 

@@ -18,21 +18,31 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from client import egress
-from client.answer import answer
-from client.app import respond
-from client.egress import audited, guard
-from client.site import Site
-from common.audit.entries import Intent, Refusal
-from common.audit.ledger import LEDGER, Ledger
-from common.audit.policy import DEFAULT, SIMULATION, Budget, Policy, Rule, check_request, load_policy, policy_hash, policy_text
-from common.audit.verify import Verdict, check_ledger, worst
-from common.audit.words import EXPLAINED, policy_lines
-from common.config import Settings, changed, load_settings, preset_names
-from common.data.datasets import public_fingerprint
-from common.errors import BudgetError, InputFileError, LedgerError, MetaMoEError, PolicyError, ProtocolError
-from common.model.seed import load_seed
-from common.wire import (
+from metamoe.client import egress
+from metamoe.client.answer import answer
+from metamoe.client.app import respond
+from metamoe.client.egress import audited, guard
+from metamoe.client.site import Site
+from metamoe.common.audit.entries import Intent, Refusal
+from metamoe.common.audit.ledger import LEDGER, Ledger
+from metamoe.common.audit.policy import (
+    DEFAULT,
+    SIMULATION,
+    Budget,
+    Policy,
+    Rule,
+    check_request,
+    load_policy,
+    policy_hash,
+    policy_text,
+)
+from metamoe.common.audit.verify import Verdict, check_ledger, worst
+from metamoe.common.audit.words import EXPLAINED, policy_lines
+from metamoe.common.config import Settings, changed, load_settings, preset_names
+from metamoe.common.data.datasets import public_fingerprint
+from metamoe.common.errors import BudgetError, InputFileError, LedgerError, MetaMoEError, PolicyError, ProtocolError
+from metamoe.common.model.seed import load_seed
+from metamoe.common.wire import (
     ARRAYS,
     AUDIT,
     CLIENT_ERROR_CODE,

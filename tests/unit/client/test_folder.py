@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.answer import answer
-from client.app import respond
-from client.folder import check_folder, read_folder
-from client.site import Site, site_of
-from common.config import Settings, changed
-from common.data.datasets import load_private, public_fingerprint
-from common.errors import InvalidSettingError, PrivateDataError
-from common.model.artifact import load_model
-from common.model.seed import load_seed
-from common.wire import Kind, Request
-from server.stages import run_stages
-from simulations.prepare import prepare
+from metamoe.client.answer import answer
+from metamoe.client.app import respond
+from metamoe.client.folder import check_folder, read_folder
+from metamoe.client.site import Site, site_of
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import load_private, public_fingerprint
+from metamoe.common.errors import InvalidSettingError, PrivateDataError
+from metamoe.common.model.artifact import load_model
+from metamoe.common.model.seed import load_seed
+from metamoe.common.wire import Kind, Request
+from metamoe.server.stages import run_stages
+from metamoe.simulations.prepare import prepare
 
 OWN = ("data.private=own", 'data.domains=["east", "west"]', "clients=2")
 

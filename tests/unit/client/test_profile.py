@@ -1,6 +1,6 @@
 import numpy as np
 
-from client.profile import relevance_classifier
+from metamoe.client.profile import relevance_classifier
 from tests.conftest import random_features
 
 

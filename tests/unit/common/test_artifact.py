@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Settings
-from common.errors import ModelFileError, SeedMismatchError
-from common.files import replaced_folder, write_atomically
-from common.model.artifact import UnifiedWeights, load_model, save_model
-from common.model.lora import rounded
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.seed import Seed
+from metamoe.common.config import Settings
+from metamoe.common.errors import ModelFileError, SeedMismatchError
+from metamoe.common.files import replaced_folder, write_atomically
+from metamoe.common.model.artifact import UnifiedWeights, load_model, save_model
+from metamoe.common.model.lora import rounded
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.seed import Seed
 from tests.conftest import random_expert, random_features, random_pixels
 
 NAMES = ["one", "two", "three"]

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from common.audit.entries import Intent, Open, Seal, array_entries, canonical, head_statement
-from common.audit.keys import audit_key, public_hex, read_public, signed_by
-from common.audit.ledger import HEAD, LEDGER, Ledger
-from common.audit.merkle import merkle_root
-from common.audit.verify import Checked, Verdict, check_ledger, reconcile, worst
-from common.errors import InputFileError, LedgerError
-from simulations.local import run_local
+from metamoe.common.audit.entries import Intent, Open, Seal, array_entries, canonical, head_statement
+from metamoe.common.audit.keys import audit_key, public_hex, read_public, signed_by
+from metamoe.common.audit.ledger import HEAD, LEDGER, Ledger
+from metamoe.common.audit.merkle import merkle_root
+from metamoe.common.audit.verify import Checked, Verdict, check_ledger, reconcile, worst
+from metamoe.common.errors import InputFileError, LedgerError
+from metamoe.simulations.local import run_local
 from tests.conftest import small_run
 
 
@@ -172,7 +172,7 @@ def test_another_array_is_found_out(run: Path) -> None:
 
 
 def test_a_run_that_stopped_is_incomplete(tmp_path: Path, seed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server import stages
+    from metamoe.server import stages
 
     monkeypatch.setattr(stages, "unify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):

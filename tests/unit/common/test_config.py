@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Settings, load_settings, preset_names, to_toml
-from common.errors import (
+from metamoe.common.config import Settings, load_settings, preset_names, to_toml
+from metamoe.common.errors import (
     InvalidSettingError,
     MetaMoEError,
     PresetNotFoundError,

@@ -9,9 +9,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from common.config import Data, Settings, validated
-from common.data import datasets, glyphs, images
-from common.data.datasets import (
+from metamoe.common.config import Data, Settings, validated
+from metamoe.common.data import datasets, glyphs, images
+from metamoe.common.data.datasets import (
     check_domains,
     evaluation_sets,
     fingerprint,
@@ -22,9 +22,9 @@ from common.data.datasets import (
     load_public,
     partition,
 )
-from common.data.tasks import batches
-from common.errors import EmptyPartitionError, InvalidSettingError
-from common.model.seed import Seed
+from metamoe.common.data.tasks import batches
+from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
+from metamoe.common.model.seed import Seed
 
 DATA = validated({}).data
 

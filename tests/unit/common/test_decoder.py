@@ -21,17 +21,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from common.config import Settings, changed
-from common.data.tasks import TextBatch, TextSamples
-from common.data.text import Question, packed
-from common.errors import ModelStructureError
-from common.model.generation import generate
-from common.model.inputs import Tokens, encode, prompt_tokens
-from common.model.lora import save_adapter, with_lora
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.routing import ffn_inputs, sample_features
-from common.model.seed import Seed, load_seed
-from simulations.train_seed import tokenizer_for
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.tasks import TextBatch, TextSamples
+from metamoe.common.data.text import Question, packed
+from metamoe.common.errors import ModelStructureError
+from metamoe.common.model.generation import generate
+from metamoe.common.model.inputs import Tokens, encode, prompt_tokens
+from metamoe.common.model.lora import save_adapter, with_lora
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.routing import ffn_inputs, sample_features
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS, random_expert, random_features
 
 CLASSES = {

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from common.events import Event, EventLog, read_events
+from metamoe.common.events import Event, EventLog, read_events
 
 
 def test_events_are_read_on_from_where_one_stopped(tmp_path: Path) -> None:

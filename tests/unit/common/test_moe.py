@@ -8,15 +8,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import CLIPModel
 
-from common import config
-from common.config import Settings, validated
-from common.model import moe
-from common.model.inputs import embed, masked_mean
-from common.model.lora import save_adapter, with_lora
-from common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
-from common.model.routing import ffn_inputs
-from common.model.seed import Seed
-from server.unify import train_router
+from metamoe.common import config
+from metamoe.common.config import Settings, validated
+from metamoe.common.model import moe
+from metamoe.common.model.inputs import embed, masked_mean
+from metamoe.common.model.lora import save_adapter, with_lora
+from metamoe.common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
+from metamoe.common.model.routing import ffn_inputs
+from metamoe.common.model.seed import Seed
+from metamoe.server.unify import train_router
 from tests.conftest import WORDS, random_expert, random_features, random_pixels
 
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Settings
-from common.model.lora import expert_layers, with_lora
-from common.model.routing import mean_over_samples, router_rows, routing_vectors
-from common.model.seed import Seed
-from server.unify import provenance_loss
+from metamoe.common.config import Settings
+from metamoe.common.model.lora import expert_layers, with_lora
+from metamoe.common.model.routing import mean_over_samples, router_rows, routing_vectors
+from metamoe.common.model.seed import Seed
+from metamoe.server.unify import provenance_loss
 from tests.conftest import random_expert, random_features, random_pixels
 
 

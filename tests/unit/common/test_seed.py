@@ -8,14 +8,14 @@ from gguf import GGUFWriter
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.config import Settings
-from common.data.questions import FEATURES
-from common.data.tasks import accuracy, check_seed, samples_of
-from common.errors import InputFileError, InvalidSettingError
-from common.hub import hub_error
-from common.model.seed import Seed, load_seed
-from simulations.evaluate import dense
-from simulations.train_seed import tokenizer_for
+from metamoe.common.config import Settings
+from metamoe.common.data.questions import FEATURES
+from metamoe.common.data.tasks import accuracy, check_seed, samples_of
+from metamoe.common.errors import InputFileError, InvalidSettingError
+from metamoe.common.hub import hub_error
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.simulations.evaluate import dense
+from metamoe.simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS
 
 

@@ -8,10 +8,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.config import Settings, validated
-from common.errors import MetaMoEError, ProtocolError
-from common.model.seed import Seed
-from common.wire import (
+from metamoe.common.config import Settings, validated
+from metamoe.common.errors import MetaMoEError, ProtocolError
+from metamoe.common.model.seed import Seed
+from metamoe.common.wire import (
     ARRAYS,
     REQUEST,
     Artifact,

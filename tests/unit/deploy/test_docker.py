@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.keys import Federation, make_keys
+from metamoe.deploy.keys import Federation, make_keys
 from tests.unit.deploy.test_keys import NOW
 
 DOCKER = Path(__file__).parents[3] / "docker"
-ELSEWHERE = {"CLIENT": "/client", "PARTITION": "3", "SUPERLINK": "server.example:8000"}
+ELSEWHERE = {"CLIENT": "/client", "PARTITION": "3", "SUPERLINK": "metamoe.server.example:8000"}
 
 
 def composer() -> list[str]:
@@ -121,6 +121,6 @@ def test_the_dockerfile_passes_the_linter() -> None:
 def test_no_key_and_no_data_gets_into_an_image() -> None:
     ignored = (DOCKER.parent / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
-    packages = {"client", "common", "deploy", "server", "simulations"}
+    packages = {"audit", "client", "common", "deploy", "metamoe", "server", "simulations"}
     files = {"docker/wheels", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"}
     assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == packages | files

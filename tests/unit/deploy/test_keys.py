@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputFileError, InvalidSettingError
-from deploy.doctor import examine, examine_client
-from deploy.flower import free_port
-from deploy.keys import Federation, make_client_keys, make_keys, read_federation
+from metamoe.common.errors import InputFileError, InvalidSettingError
+from metamoe.deploy.doctor import examine, examine_client
+from metamoe.deploy.flower import free_port
+from metamoe.deploy.keys import Federation, make_client_keys, make_keys, read_federation
 
 NOW = datetime.now(UTC)
 

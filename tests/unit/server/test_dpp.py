@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.dpp import greedy_map
+from metamoe.server.dpp import greedy_map
 
 
 def kernel(features: np.ndarray, relevance: np.ndarray) -> np.ndarray:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from common.config import Settings, changed
-from common.data.datasets import fingerprint, load_public, public_fingerprint
-from common.data.tasks import batches
-from common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
-from common.model.routing import sample_features
-from common.model.seed import Seed, load_seed
-from server import embedding
-from server.embedding import public_features, shards
-from simulations.embed import _shard, embed_public
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
+from metamoe.common.data.tasks import batches
+from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
+from metamoe.common.model.routing import sample_features
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.server import embedding
+from metamoe.server.embedding import public_features, shards
+from metamoe.simulations.embed import _shard, embed_public
 
 
 @pytest.fixture(autouse=True)

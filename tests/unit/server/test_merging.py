@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Settings, validated
-from common.errors import InvalidSettingError
-from common.model.seed import Seed
-from server.experts import store_expert, stored_expert
-from server.merging import Contribution, clusters, merge, merged_expert, merged_selection
-from server.proxies import Selection
+from metamoe.common.config import Settings, validated
+from metamoe.common.errors import InvalidSettingError
+from metamoe.common.model.seed import Seed
+from metamoe.server.experts import store_expert, stored_expert
+from metamoe.server.merging import Contribution, clusters, merge, merged_expert, merged_selection
+from metamoe.server.proxies import Selection
 from tests.conftest import random_expert, random_features
 
 

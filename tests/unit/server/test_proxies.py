@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from common.config import Settings, validated
-from common.errors import ProxyCountError
-from common.fisher import shrunk_covariance
-from server import proxies
-from server.dpp import greedy_map
-from server.proxies import select_proxies
-from server.relevance import fisher_discriminants, linear_scores, logistic_link
+from metamoe.common.config import Settings, validated
+from metamoe.common.errors import ProxyCountError
+from metamoe.common.fisher import shrunk_covariance
+from metamoe.server import proxies
+from metamoe.server.dpp import greedy_map
+from metamoe.server.proxies import select_proxies
+from metamoe.server.relevance import fisher_discriminants, linear_scores, logistic_link
 from tests.conftest import random_features
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.fisher import fisher_rows, shrunk_covariance
-from server.relevance import fisher_discriminants, linear_scores, logistic_link, tempered_weights
+from metamoe.common.fisher import fisher_rows, shrunk_covariance
+from metamoe.server.relevance import fisher_discriminants, linear_scores, logistic_link, tempered_weights
 from tests.conftest import random_features
 
 

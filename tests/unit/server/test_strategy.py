@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from common.config import Settings, validated
-from common.errors import RunFailedError
-from common.wire import CLIENT_ERROR_CODE, encode_reply
-from server import strategy
-from server.strategy import MetaMoE
+from metamoe.common.config import Settings, validated
+from metamoe.common.errors import RunFailedError
+from metamoe.common.wire import CLIENT_ERROR_CODE, encode_reply
+from metamoe.server import strategy
+from metamoe.server.strategy import MetaMoE
 
 
 class Grid:

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Settings, changed
-from common.data.datasets import load_public
-from common.data.tasks import batches
-from common.fisher import fisher_rows, shrunk_covariance
-from common.model.lora import with_lora
-from common.model.routing import sample_features
-from common.model.seed import Seed
-from server.relevance import tempered_weights
-from server.unify import initial_routers, router_samples
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import load_public
+from metamoe.common.data.tasks import batches
+from metamoe.common.fisher import fisher_rows, shrunk_covariance
+from metamoe.common.model.lora import with_lora
+from metamoe.common.model.routing import sample_features
+from metamoe.common.model.seed import Seed
+from metamoe.server.relevance import tempered_weights
+from metamoe.server.unify import initial_routers, router_samples
 from tests.conftest import random_expert, random_features
 
 CLIENTS = 2

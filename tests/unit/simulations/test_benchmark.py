@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Settings, changed, load_settings, to_toml
-from common.errors import InvalidSettingError, MetaMoEError
-from simulations import benchmark
-from simulations.benchmark import Plan, _training_key
-from simulations.methods import ablations, chosen, main_methods
-from simulations.tables import REFERENCE, markdown, read_results
+from metamoe.common.config import Settings, changed, load_settings, to_toml
+from metamoe.common.errors import InvalidSettingError, MetaMoEError
+from metamoe.simulations.benchmark import run as benchmark
+from metamoe.simulations.benchmark.methods import ablations, chosen, main_methods
+from metamoe.simulations.benchmark.run import Plan, _training_key
+from metamoe.simulations.benchmark.tables import REFERENCE, markdown, read_results
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Settings, changed
-from common.data.datasets import load_private
-from common.data.tasks import ImageBatch, ImageSamples, Scores, accuracy
-from common.model.inputs import embed
-from common.model.lora import with_lora
-from common.model.moe import RouterWeights, UnifiedModel
-from common.model.seed import Seed
-from simulations import fedavg
-from simulations.evaluate import EvaluationSet, domains_of, ensemble, own_share, routed_ensemble, sample_decision, soup
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import load_private
+from metamoe.common.data.tasks import ImageBatch, ImageSamples, Scores, accuracy
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.lora import with_lora
+from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.seed import Seed
+from metamoe.simulations.benchmark import fedavg
+from metamoe.simulations.evaluate import EvaluationSet, domains_of, ensemble, own_share, routed_ensemble, sample_decision, soup
 from tests.conftest import random_expert, random_features, random_pixels
 
 

@@ -17,10 +17,25 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from common.errors import InputFileError
-from simulations.pictures import accuracy_picture, gains_picture, mean_interval, mean_routing, proxies_picture, routing_picture
-from simulations.report import write_report
-from simulations.tables import FORMAT, Record, Results, Sent, difference, mean_and_deviation, paired_difference
+from metamoe.common.errors import InputFileError
+from metamoe.simulations.benchmark.pictures import (
+    accuracy_picture,
+    gains_picture,
+    mean_interval,
+    mean_routing,
+    proxies_picture,
+    routing_picture,
+)
+from metamoe.simulations.benchmark.report import write_report
+from metamoe.simulations.benchmark.tables import (
+    FORMAT,
+    Record,
+    Results,
+    Sent,
+    difference,
+    mean_and_deviation,
+    paired_difference,
+)
 
 DOMAINS = ["digits", "greek", "arrows"]
 METAMOE = [88.0, 90.0, 87.0, 91.0, 89.0]

@@ -12,12 +12,12 @@ import torch
 from flwr.app import ConfigRecord
 from PIL import Image
 
-from client.app import respond
-from client.egress import audited
-from client.site import Site
-from common.config import Settings, changed, to_toml, validated
-from common.data.datasets import load_domain
-from common.errors import (
+from metamoe.client.app import respond
+from metamoe.client.egress import audited
+from metamoe.client.site import Site
+from metamoe.common.config import Settings, changed, to_toml, validated
+from metamoe.common.data.datasets import load_domain
+from metamoe.common.errors import (
     EmptyPartitionError,
     InputFileError,
     InvalidSettingError,
@@ -30,13 +30,13 @@ from common.errors import (
     RunFailedError,
     UnknownSettingError,
 )
-from common.model.artifact import load_model
-from common.model.lora import load_adapter
-from common.wire import REQUEST, RecordDict, encode_reply
-from server.exchange import Ask
-from server.stages import run_stages
-from simulations.local import run_local
-from simulations.results import write_results
+from metamoe.common.model.artifact import load_model
+from metamoe.common.model.lora import load_adapter
+from metamoe.common.wire import REQUEST, RecordDict, encode_reply
+from metamoe.server.exchange import Ask
+from metamoe.server.stages import run_stages
+from metamoe.simulations.local import run_local
+from metamoe.simulations.results import write_results
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from common.config import Settings
-from common.events import Event, read_events
+from metamoe.common.config import Settings
+from metamoe.common.events import Event, read_events
 
 _STAGES = {
     "profile": "1 clients describe their data",

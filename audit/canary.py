@@ -21,16 +21,16 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 
-from client.app import respond
-from client.egress import audited
-from client.site import Site
-from common.config import Settings, changed
-from common.data.datasets import load_private
-from common.data.tasks import class_names
-from common.errors import MetaMoEError
-from common.model.seed import Seed, load_seed
-from common.wire import Kind, RecordDict
-from server.stages import run_stages
+from metamoe.client.app import respond
+from metamoe.client.egress import audited
+from metamoe.client.site import Site
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import load_private
+from metamoe.common.data.tasks import class_names
+from metamoe.common.errors import MetaMoEError
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.wire import Kind, RecordDict
+from metamoe.server.stages import run_stages
 
 _WINDOW = 24
 """Numbers in a row that are searched for: few enough for a fragment to be found, too many to be there by chance."""

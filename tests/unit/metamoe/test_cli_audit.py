@@ -16,20 +16,20 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from client.app import respond
-from client.egress import audited
-from client.site import Site
-from common.audit.entries import Intent
-from common.audit.ledger import HEAD, LEDGER
-from common.audit.verify import check_ledger
-from common.audit.words import privacy_of
-from common.config import Settings, changed
-from common.data.datasets import public_fingerprint
-from common.errors import InputFileError
-from common.model.seed import Seed, load_seed
-from common.wire import Envelope, Request, encode_request
-from simulations.canary import Canary, needles, search
-from simulations.ledgers import ledgers_at
+from metamoe.audit.canary import Canary, needles, search
+from metamoe.audit.ledgers import ledgers_at
+from metamoe.client.app import respond
+from metamoe.client.egress import audited
+from metamoe.client.site import Site
+from metamoe.common.audit.entries import Intent
+from metamoe.common.audit.ledger import HEAD, LEDGER
+from metamoe.common.audit.verify import check_ledger
+from metamoe.common.audit.words import privacy_of
+from metamoe.common.config import Settings, changed
+from metamoe.common.data.datasets import public_fingerprint
+from metamoe.common.errors import InputFileError
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.wire import Envelope, Request, encode_request
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from common.config import Settings, load_settings, to_toml
-from common.errors import InputFileError
-from common.files import write_atomically
+from metamoe.common.config import Settings, load_settings, to_toml
+from metamoe.common.errors import InputFileError
+from metamoe.common.files import write_atomically
 
 if TYPE_CHECKING:
-    from deploy.doctor import Finding
+    from metamoe.deploy.doctor import Finding
 
 deploy = typer.Typer(no_args_is_help=True, help="A federation whose server and clients are separate processes, over TLS.")
 
@@ -34,7 +34,7 @@ def keys(
     days: Annotated[int, typer.Option(min=1, help="How long the certificates are valid.")] = 365,
 ) -> None:
     """Make a federation's folder: an authority, the server's certificate, and a key pair for each client."""
-    from deploy.keys import Federation, make_keys
+    from metamoe.deploy.keys import Federation, make_keys
 
     make_keys(folder, Federation(host=host, port=port, clients=clients), days, datetime.now(UTC))
     _console.print(f"keys for a server and {clients} clients, valid for {days} days: {folder}", soft_wrap=True)
@@ -43,7 +43,7 @@ def keys(
 @deploy.command()
 def up(folder: Folder) -> None:
     """Start whatever of a federation does not run, as processes on this machine, and wait until all clients are online."""
-    from deploy.processes import up
+    from metamoe.deploy.processes import up
 
     with _console.status("starting") as shown:
         up(folder.absolute(), shown.update)
@@ -53,7 +53,7 @@ def up(folder: Folder) -> None:
 @deploy.command()
 def down(folder: Folder) -> None:
     """Stop a federation's processes. What clients keep stays."""
-    from deploy.processes import down
+    from metamoe.deploy.processes import down
 
     with _console.status("stopping"):
         stopped = down(folder.absolute())
@@ -63,7 +63,7 @@ def down(folder: Folder) -> None:
 @deploy.command()
 def status(folder: Folder) -> None:
     """Show what runs and which clients the server sees; exit code 1 if anything is missing."""
-    from deploy.processes import status
+    from metamoe.deploy.processes import status
 
     with _console.status("asking the server"):
         parties = status(folder.absolute())
@@ -83,7 +83,7 @@ def register(
     ] = None,
 ) -> None:
     """Let nodes into a federation whose server is up, by their public keys."""
-    from deploy.processes import register, register_clients
+    from metamoe.deploy.processes import register, register_clients
 
     if public_key:
         _console.print(f"node {register(folder.absolute(), public_key)}")
@@ -105,8 +105,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. (default: FOLDER/runs/TIME)")] = None,
 ) -> None:
     """Run the three stages over a federation that is up, and follow them; the exit code is the run's."""
-    from deploy.processes import submit, with_names
-    from simulations.progress import live
+    from metamoe.deploy.processes import submit, with_names
+    from metamoe.progress import live
 
     settings, folder = load_settings(preset, set_ or []), folder.absolute()
     target = (out or folder / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute()
@@ -132,7 +132,7 @@ def doctor(
     """Say what is wrong with a federation: certificates, keys, modes, port, clock, clients; and show what must be the same for
     all parties. The exit code is 1 if anything is wrong.
     """
-    from deploy.doctor import examine
+    from metamoe.deploy.doctor import examine
 
     show_common(load_settings(preset))
     show_findings(examine(folder.absolute(), datetime.now(UTC)))
@@ -140,9 +140,9 @@ def doctor(
 
 def show_common(settings: Settings) -> None:
     """Print what server and clients must hold alike, to be compared with what the others see."""
-    from common.data.datasets import public_fingerprint
-    from common.model.seed import load_seed
-    from common.wire import PROTOCOL
+    from metamoe.common.data.datasets import public_fingerprint
+    from metamoe.common.model.seed import load_seed
+    from metamoe.common.wire import PROTOCOL
 
     with _console.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)

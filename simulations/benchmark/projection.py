@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
-from client.profile import profile
-from client.site import Site
-from common.compute import threads
-from common.config import Settings
-from common.data.datasets import load_private, load_public, public_fingerprint
-from common.data.tasks import input_batches
-from common.model.inputs import embed
-from common.model.seed import load_seed
-from server.embedding import public_features
-from server.proxies import select_proxies
+from metamoe.client.profile import profile
+from metamoe.client.site import Site
+from metamoe.common.compute import threads
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import load_private, load_public, public_fingerprint
+from metamoe.common.data.tasks import input_batches
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.seed import load_seed
+from metamoe.server.embedding import public_features
+from metamoe.server.proxies import select_proxies
 
 _SELECTIONS = ("random", "relevance", "dpp")
 _PRIVATE = 300

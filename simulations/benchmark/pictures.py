@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from simulations.tables import REFERENCE, Record, mean_and_deviation, paired_difference
+from metamoe.simulations.benchmark.tables import REFERENCE, Record, mean_and_deviation, paired_difference
 
 ORACLE = "oracle"  # it is told which domain an image is of, so nothing that can be used competes with it
 DPI = 200

@@ -15,23 +15,23 @@ from datasets import Dataset, concatenate_datasets
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from client.dp_sgd import train_with_privacy
-from client.expert import expert_samples, train_expert
-from client.profile import profile
-from client.site import Site
-from common.compute import derived_seed, threads
-from common.config import Settings, load_settings
-from common.data.datasets import label_space, load_private, load_public, no_progress_bars
-from common.data.tasks import all_pixels, batches, class_logits, class_names, input_batches, labels_in, text_features
-from common.errors import InputFileError
-from common.files import read_json
-from common.model.inputs import embed
-from common.model.lora import Expert, with_lora
-from common.model.routing import all_evidence_paths, routing_vectors
-from common.model.seed import Seed, load_seed
-from common.privacy import expert_mechanism
-from common.wire import reply_artifacts
-from server.experts import stored_expert
+from metamoe.client.dp_sgd import train_with_privacy
+from metamoe.client.expert import expert_samples, train_expert
+from metamoe.client.profile import profile
+from metamoe.client.site import Site
+from metamoe.common.compute import derived_seed, threads
+from metamoe.common.config import Settings, load_settings
+from metamoe.common.data.datasets import label_space, load_private, load_public, no_progress_bars
+from metamoe.common.data.tasks import all_pixels, batches, class_logits, class_names, input_batches, labels_in, text_features
+from metamoe.common.errors import InputFileError
+from metamoe.common.files import read_json
+from metamoe.common.model.inputs import embed
+from metamoe.common.model.lora import Expert, with_lora
+from metamoe.common.model.routing import all_evidence_paths, routing_vectors
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.privacy import expert_mechanism
+from metamoe.common.wire import reply_artifacts
+from metamoe.server.experts import stored_expert
 
 _ATTACK = 23
 _GUESSES = 1_000

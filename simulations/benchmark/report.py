@@ -11,11 +11,29 @@ from typing import Annotated
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from common.errors import InputFileError, first_problem
-from common.files import write_atomically
-from simulations.page import Html, array_table, document, join, table, tag
-from simulations.pictures import DPI, ORACLE, accuracy_picture, gains_picture, mean_routing, proxies_picture, routing_picture
-from simulations.tables import REFERENCE, RESULTS, Record, Results, Sent, Strict, difference, mean_and_deviation, read_results
+from metamoe.audit.page import Html, array_table, document, join, table, tag
+from metamoe.common.errors import InputFileError, first_problem
+from metamoe.common.files import write_atomically
+from metamoe.simulations.benchmark.pictures import (
+    DPI,
+    ORACLE,
+    accuracy_picture,
+    gains_picture,
+    mean_routing,
+    proxies_picture,
+    routing_picture,
+)
+from metamoe.simulations.benchmark.tables import (
+    REFERENCE,
+    RESULTS,
+    Record,
+    Results,
+    Sent,
+    Strict,
+    difference,
+    mean_and_deviation,
+    read_results,
+)
 
 REPORT = "report.html"
 PROJECTION = "projection.json"

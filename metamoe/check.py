@@ -8,13 +8,13 @@ import psutil
 import torch
 from huggingface_hub import HfApi
 
-from common.compute import device_of
-from common.config import Settings
-from common.data.datasets import check_domains, load_domain, load_public
-from common.errors import MetaMoEError
-from common.files import cache_folder
-from common.hub import HUB_FAILURES, hub_error
-from common.model.sizes import Sizes, predicted_sizes
+from metamoe.common.compute import device_of
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import check_domains, load_domain, load_public
+from metamoe.common.errors import MetaMoEError
+from metamoe.common.files import cache_folder
+from metamoe.common.hub import HUB_FAILURES, hub_error
+from metamoe.common.model.sizes import Sizes, predicted_sizes
 
 _LARGE = 2 * 10**9
 """Parameters above which a CPU is no fit place."""

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.expert import expert_routing_vectors
-from common.audit.verify import Verdict
-from common.config import Settings, changed, to_toml
-from common.data.datasets import load_private, load_public
-from common.errors import InputFileError
-from common.files import write_atomically
-from common.model.lora import rounded
-from common.model.seed import load_seed
-from simulations import attacks
-from simulations.attacks import (
+from metamoe.audit import attacks
+from metamoe.audit.attacks import (
     _auc,
     _rate_at,
     attack,
@@ -28,7 +20,15 @@ from simulations.attacks import (
     mean_error,
     recovered_mean,
 )
-from simulations.local import run_local
+from metamoe.client.expert import expert_routing_vectors
+from metamoe.common.audit.verify import Verdict
+from metamoe.common.config import Settings, changed, to_toml
+from metamoe.common.data.datasets import load_private, load_public
+from metamoe.common.errors import InputFileError
+from metamoe.common.files import write_atomically
+from metamoe.common.model.lora import rounded
+from metamoe.common.model.seed import load_seed
+from metamoe.simulations.local import run_local
 from tests.conftest import random_expert
 
 

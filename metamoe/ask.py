@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from scipy.stats import binomtest
 
-from common.config import Data
-from common.data.images import class_folders, image_dataset, image_files
-from common.data.questions import read_questions
-from common.data.tasks import class_names, samples_of
-from common.errors import InputFileError
-from common.model.artifact import Loaded
-from common.model.generation import generate
-from simulations.evaluate import accuracy_and_routing
+from metamoe.common.config import Data
+from metamoe.common.data.images import class_folders, image_dataset, image_files
+from metamoe.common.data.questions import read_questions
+from metamoe.common.data.tasks import class_names, samples_of
+from metamoe.common.errors import InputFileError
+from metamoe.common.model.artifact import Loaded
+from metamoe.common.model.generation import generate
+from metamoe.simulations.evaluate import accuracy_and_routing
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from common.audit.entries import Arrival, Head, Intent, Line, json_schema
-from common.audit.keys import read_public
-from common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
-from common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
-from common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
-from common.config import load_settings
-from common.errors import InputFileError
-from common.files import write_atomically, write_json
-from simulations.audit_report import MEANING, write_pages
-from simulations.ledgers import ledgers_at, write_bundle
+from metamoe.audit.ledgers import ledgers_at, write_bundle
+from metamoe.audit.report import MEANING, write_pages
+from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
+from metamoe.common.audit.keys import read_public
+from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
+from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
+from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
+from metamoe.common.config import load_settings
+from metamoe.common.errors import InputFileError
+from metamoe.common.files import write_atomically, write_json
 
 audit = typer.Typer(
     no_args_is_help=True,
@@ -54,8 +54,8 @@ def policy(
     ] = None,
 ) -> None:
     """Say in plain language what may leave a client, and what of it a run would send."""
-    from common.model.seed import load_seed
-    from common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
+    from metamoe.common.model.seed import load_seed
+    from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
 
     chosen = load_policy(file) if file else DEFAULT
     settings = load_settings(preset, set_ or [])
@@ -213,7 +213,7 @@ def canary(
     """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
     disguise. What leaves has the same form in a small run as in a large one.
     """
-    from simulations.canary import run_canary
+    from metamoe.audit.canary import run_canary
 
     settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -250,8 +250,8 @@ def attack(
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
     membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
     """
-    from simulations.attacks import as_json
-    from simulations.attacks import attack as attacked
+    from metamoe.audit.attacks import as_json
+    from metamoe.audit.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     with Progress(TextColumn("experts, own and shadow"), *columns, console=_console) as progress:

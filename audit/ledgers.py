@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.audit.keys import public_file
-from common.audit.ledger import HEAD, LEDGER
-from common.errors import InputFileError
+from metamoe.common.audit.keys import public_file
+from metamoe.common.audit.ledger import HEAD, LEDGER
+from metamoe.common.errors import InputFileError
 
 _LARGEST = 64_000_000
 _EPOCH = (1980, 1, 1, 0, 0, 0)

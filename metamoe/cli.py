@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from common.config import Settings, load_settings, preset_names, preset_text, to_toml
-from common.errors import InputFileError, InvalidSettingError, MetaMoEError
-from common.files import write_atomically
-from simulations.cli_audit import audit
-from simulations.cli_client import client
-from simulations.cli_deploy import deploy
-from simulations.prepare import prepare
+from metamoe.cli_audit import audit
+from metamoe.cli_client import client
+from metamoe.cli_deploy import deploy
+from metamoe.common.config import Settings, load_settings, preset_names, preset_text, to_toml
+from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError
+from metamoe.common.files import write_atomically
+from metamoe.simulations.prepare import prepare
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,18 +131,18 @@ def _prepare(settings: Settings, backend: Backend) -> None:
 
 def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
     # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
-    from simulations.progress import live
+    from metamoe.progress import live
 
     with live(settings, folder, _console) as board:
         if backend is Backend.ray:
-            from simulations.flower import run_flower
+            from metamoe.simulations.flower import run_flower
 
             run_flower(settings, folder)
         else:
-            from simulations.local import run_local
+            from metamoe.simulations.local import run_local
 
             run_local(settings, folder)
-        from simulations.results import write_results
+        from metamoe.simulations.results import write_results
 
         results = write_results(settings, folder, board.evaluation)
     table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
@@ -169,7 +169,7 @@ def embed(
     ] = None,
 ) -> None:
     """Embed the public set before a run, in shards: a stopped one goes on where it was, and later runs find it in the cache."""
-    from simulations.embed import embed_public
+    from metamoe.simulations.embed import embed_public
 
     overrides = [*(set_ or []), *([f"data.folder={data_dir}"] if data_dir is not None else [])]
     settings = _absolute(load_settings(preset, overrides))
@@ -211,10 +211,10 @@ def benchmark(
     out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
-    from simulations.benchmark import Plan, run_benchmark
-    from simulations.methods import chosen
-    from simulations.report import write_report
-    from simulations.tables import method_header, method_rows
+    from metamoe.simulations.benchmark.methods import chosen
+    from metamoe.simulations.benchmark.report import write_report
+    from metamoe.simulations.benchmark.run import Plan, run_benchmark
+    from metamoe.simulations.benchmark.tables import method_header, method_rows
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
     overrides = list(set_ or [])
@@ -255,7 +255,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder that 'metamoe benchmark' wrote.")],
 ) -> None:
     """Write a benchmark's results as one self-contained HTML page, report.html in its folder."""
-    from simulations.report import write_report
+    from metamoe.simulations.benchmark.report import write_report
 
     _console.print(f"report: {write_report(folder)}", soft_wrap=True)
 
@@ -268,8 +268,8 @@ def predict(
     classes: Annotated[Path | None, typer.Option(help="Text file with the class names to choose among, one a line.")] = None,
 ) -> None:
     """Name the most likely classes of images, and show which experts their tokens went to."""
-    from common.model.artifact import load_model
-    from simulations.predict import predict_images, read_class_names
+    from metamoe.common.model.artifact import load_model
+    from metamoe.predict import predict_images, read_class_names
 
     loaded = load_model(model)
     names = read_class_names(classes) if classes else loaded.manifest.classes
@@ -290,8 +290,8 @@ def evaluate(
     task: Annotated[Task | None, typer.Option(help="What the model must be for. (default: what it is for)")] = None,
 ) -> None:
     """Measure a unified model on labelled samples of your own: accuracy with its 95% interval, and which experts were used."""
-    from common.model.artifact import load_model
-    from simulations.ask import evaluate_on
+    from metamoe.ask import evaluate_on
+    from metamoe.common.model.artifact import load_model
 
     loaded = load_model(model)
     own = Task.images if loaded.seed.is_image_model else Task.questions
@@ -314,8 +314,8 @@ def generate(
     """Go on from a prompt, taking the most likely token each time, and show which experts were asked."""
     from collections import Counter
 
-    from common.model.artifact import load_model
-    from simulations.ask import spoken
+    from metamoe.ask import spoken
+    from metamoe.common.model.artifact import load_model
 
     experts: Counter[str] = Counter()
     for text, expert in spoken(load_model(model), prompt, max_tokens):
@@ -351,7 +351,7 @@ def presets(
 
 
 def _check_preset(name: str, overrides: list[str], data_dir: Path | None) -> None:
-    from simulations.check import check_preset
+    from metamoe.check import check_preset
 
     overrides += [f"data.folder={data_dir}"] if data_dir is not None else []
     settings, missing = _absolute(load_settings(name, overrides)), False

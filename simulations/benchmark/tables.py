@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
 
-from common.errors import InputFileError, first_problem
+from metamoe.common.errors import InputFileError, first_problem
 
 REFERENCE = "metamoe"
 RESULTS = "results.json"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from common.config import Settings, changed
-from common.errors import InvalidSettingError
+from metamoe.common.config import Settings, changed
+from metamoe.common.errors import InvalidSettingError
 
 Use = Literal["seed", "expert", "oracle", "ensemble", "routed-ensemble", "soup", "unified", "pooled", "fedavg"]
 """How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from common.config import load_settings
-from common.errors import InvalidSettingError
+from metamoe.common.config import load_settings
+from metamoe.common.errors import InvalidSettingError
 
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
 
@@ -30,10 +30,10 @@ def check(
     """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
     exit code is 1 if anything is wrong.
     """
-    from client.folder import check_folder, check_questions
-    from common.data.datasets import known_classes
-    from common.model.seed import load_seed
-    from common.wire import MESSAGE_TYPE, reply_artifacts
+    from metamoe.client.folder import check_folder, check_questions
+    from metamoe.common.data.datasets import known_classes
+    from metamoe.common.model.seed import load_seed
+    from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts
 
     settings = load_settings(preset, set_ or [])
     questions = settings.data.source == "questions"
@@ -76,8 +76,8 @@ def doctor(
     """Say what is wrong with a client whose server is elsewhere: keys, certificates, the server, the clock; and show what must
     be the same for all parties. The exit code is 1 if anything is wrong.
     """
-    from deploy.doctor import examine_client
-    from simulations.cli_deploy import show_common, show_findings
+    from metamoe.cli_deploy import show_common, show_findings
+    from metamoe.deploy.doctor import examine_client
 
     host, _, port = superlink.rpartition(":")
     if not host or not port.isdigit():
@@ -94,7 +94,7 @@ def keys(
     days: Annotated[int, typer.Option(min=1, help="How long the certificate is valid.")] = 365,
 ) -> None:
     """Make the folder of a client whose server is elsewhere: keys that nobody else has seen, and a policy."""
-    from deploy.keys import make_client_keys
+    from metamoe.deploy.keys import make_client_keys
 
     make_client_keys(folder, authority, server, days, datetime.now(UTC))
     _console.print(f"give the operator {folder / 'node.pub'}, and nothing else of {folder}", soft_wrap=True)

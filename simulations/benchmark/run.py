@@ -19,22 +19,26 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from client.app import respond
-from client.site import Site
-from common.compute import threads
-from common.config import Settings, changed, to_toml
-from common.data.datasets import load_private, load_public
-from common.data.tasks import Scores, accuracy
-from common.errors import InputFileError, InvalidSettingError, MetaMoEError
-from common.files import cache_folder, replaced_folder, write_atomically, write_json
-from common.model.artifact import Loaded, load_model, save_model
-from common.model.lora import Expert, load_adapter, save_adapter, with_lora
-from common.model.seed import Seed, load_seed
-from common.wire import Kind, RecordDict, encode_reply
-from server.proxies import check_pool
-from server.stages import run_stages
-from server.unify import router_samples, unify
-from simulations.evaluate import (
+from metamoe.client.app import respond
+from metamoe.client.site import Site
+from metamoe.common.compute import threads
+from metamoe.common.config import Settings, changed, to_toml
+from metamoe.common.data.datasets import load_private, load_public
+from metamoe.common.data.tasks import Scores, accuracy
+from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError
+from metamoe.common.files import cache_folder, replaced_folder, write_atomically, write_json
+from metamoe.common.model.artifact import Loaded, load_model, save_model
+from metamoe.common.model.lora import Expert, load_adapter, save_adapter, with_lora
+from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.wire import Kind, RecordDict, encode_reply
+from metamoe.server.proxies import check_pool
+from metamoe.server.stages import run_stages
+from metamoe.server.unify import router_samples, unify
+from metamoe.simulations.benchmark.fedavg import federated_average
+from metamoe.simulations.benchmark.methods import Method, ablations, main_methods
+from metamoe.simulations.benchmark.projection import project
+from metamoe.simulations.benchmark.tables import FORMAT, REFERENCE, RESULTS, Record, Results, Sent, markdown
+from metamoe.simulations.evaluate import (
     PUBLIC,
     accuracy_and_routing,
     dense,
@@ -46,11 +50,7 @@ from simulations.evaluate import (
     soup,
     test_sets,
 )
-from simulations.fedavg import federated_average
-from simulations.methods import Method, ablations, main_methods
-from simulations.prepare import prepare
-from simulations.projection import project
-from simulations.tables import FORMAT, REFERENCE, RESULTS, Record, Results, Sent, markdown
+from metamoe.simulations.prepare import prepare
 
 PARALLEL = 2
 # Raise it whenever a change of code changes numbers: what was worked out before is then worked out again.
@@ -90,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method reached with one seed; see :class:`simulations.tables.Record`."""
+    """What one method reached with one seed; see :class:`metamoe.simulations.benchmark.tables.Record`."""
 
     domains: dict[str, float]
     public: float

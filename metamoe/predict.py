@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from common.data.tasks import class_logits, pixel_values, text_features
-from common.errors import InputFileError
-from common.model.artifact import Loaded
+from metamoe.common.data.tasks import class_logits, pixel_values, text_features
+from metamoe.common.errors import InputFileError
+from metamoe.common.model.artifact import Loaded
 
 
 @dataclass(frozen=True)

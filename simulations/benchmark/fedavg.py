@@ -8,13 +8,13 @@ from datasets import Dataset
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from client.expert import train_expert
-from common.compute import derived_seed
-from common.config import Settings
-from common.data.datasets import label_space
-from common.data.tasks import class_names
-from common.model.lora import Expert, expert_of, with_lora
-from common.model.seed import Seed
+from metamoe.client.expert import train_expert
+from metamoe.common.compute import derived_seed
+from metamoe.common.config import Settings
+from metamoe.common.data.datasets import label_space
+from metamoe.common.data.tasks import class_names
+from metamoe.common.model.lora import Expert, expert_of, with_lora
+from metamoe.common.model.seed import Seed
 
 _STAGE = 4
 _COUNT = "num-examples"
