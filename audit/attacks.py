@@ -20,15 +20,17 @@ from metamoe.client.expert import expert_samples, train_expert
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
 from metamoe.common.compute import derived_seed, threads
-from metamoe.common.config import Settings, load_settings
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import label_space, load_private, load_public, no_progress_bars
-from metamoe.common.data.tasks import all_pixels, batches, class_logits, class_names, input_batches, labels_in, text_features
+from metamoe.common.data.tasks import all_pixels, batches, class_names, input_batches, labels_in
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import read_json
+from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, with_lora
-from metamoe.common.model.routing import all_evidence_paths, routing_vectors
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.vectors import all_evidence_paths, routing_vectors
+from metamoe.common.presets import load_settings
 from metamoe.common.privacy import expert_mechanism
 from metamoe.common.wire import reply_artifacts
 from metamoe.server.experts import stored_expert

@@ -24,11 +24,12 @@ from PIL.PngImagePlugin import PngInfo
 from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private
 from metamoe.common.data.tasks import class_names
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.presets import changed
 from metamoe.common.wire import Kind, RecordDict
 from metamoe.server.stages import run_stages
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from metamoe.audit.ledgers import Ledgers
 from metamoe.audit.page import Html, array_table, document, join, table, tag
 from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
-from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
+from metamoe.common.audit.reconcile import reconcile, unclaimed
+from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically

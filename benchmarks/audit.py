@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from metamoe.common.config import load_settings
+from metamoe.common.presets import load_settings
 from metamoe.server.exchange import Exchange
 from metamoe.simulations import local
 

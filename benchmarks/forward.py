@@ -13,12 +13,13 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from metamoe.common import config
 from metamoe.common.compute import threads
-from metamoe.common.config import validated
 from metamoe.common.model.inputs import Inputs, encode, prompt_tokens
 from metamoe.common.model.lora import expert_shapes
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
-from metamoe.common.model.routing import evidence_paths
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import evidence_paths
+from metamoe.common.presets import validated
 
 Row = dict[str, float | str]
 _CASES = ((3, 1), (3, 2), (30, 1), (30, 2))

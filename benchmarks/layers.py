@@ -19,12 +19,13 @@ from rich.progress import track
 from rich.table import Table
 
 from metamoe.common.compute import threads
-from metamoe.common.config import Settings, load_settings
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, load_private, load_public
 from metamoe.common.data.tasks import input_batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
-from metamoe.common.model.routing import sample_features
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.vectors import sample_features
+from metamoe.common.presets import load_settings
 
 
 def main(

@@ -13,10 +13,11 @@ import numpy as np
 import psutil
 from flwr.common.serde import recorddict_to_proto
 
-from metamoe.common.config import Settings, load_settings, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.files import write_atomically
 from metamoe.common.model.lora import expert_layers, expert_shapes
 from metamoe.common.model.seed import load_seed
+from metamoe.common.presets import load_settings, to_toml
 from metamoe.common.wire import AUDIT_ARTIFACTS, encode_reply, reply_artifacts
 from metamoe.deploy import flower
 from metamoe.simulations.flower import run_flower

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from metamoe.common.config import Settings
-from metamoe.common.data.tasks import all_pixels, class_logits, labels_in, text_features
+from metamoe.common.data.tasks import all_pixels, labels_in
+from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
 from metamoe.common.model.seed import Seed

@@ -16,8 +16,8 @@ from metamoe.common.data.datasets import fingerprint
 from metamoe.common.data.tasks import in_parts, input_batches, samples_of
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
-from metamoe.common.model.routing import all_evidence_paths, routing_vectors
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import all_evidence_paths, routing_vectors
 
 _STAGE = 2
 

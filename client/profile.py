@@ -7,8 +7,8 @@ from datasets import Dataset
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
 from metamoe.common.data.tasks import input_batches
-from metamoe.common.model.routing import all_evidence_paths, sample_features
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import all_evidence_paths, sample_features
 from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1

@@ -17,11 +17,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metamoe.common.audit.entries import FIRST, Digest, Identifier, Receipt
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.errors import ProtocolError, VersionMismatchError, first_problem
 from metamoe.common.model.lora import expert_shapes
-from metamoe.common.model.routing import all_evidence_paths, evidence_paths
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.vectors import all_evidence_paths, evidence_paths
+from metamoe.common.presets import validated
 
 PROTOCOL = 7
 

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -18,11 +17,13 @@ from metamoe.audit.report import MEANING, write_pages
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from metamoe.common.audit.keys import read_public
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
-from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, reconcile, unclaimed, worst
+from metamoe.common.audit.reconcile import reconcile, unclaimed
+from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
-from metamoe.common.config import load_settings
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically, write_json
+from metamoe.common.presets import load_settings
+from metamoe.options import Set, console
 
 audit = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +32,6 @@ audit = typer.Typer(
     "4 ledgers disagree, 5 incomplete, 6 budget exceeded.",
 )
 
-_console = Console()
 _PLACE = "A run's folder, a client's state folder, a ledger's own folder, or a bundle from 'metamoe audit export'."
 _SMALL = (
     *("data.private-samples=100", "data.public-samples=600", "proxies.count=30", "proxies.pool=200"),
@@ -46,9 +46,7 @@ def policy(
         Path | None, typer.Argument(help="Policy, a TOML file. (default: the one that comes with the product)")
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset or TOML file of a run, to list the arrays it would send.")] = "glyphs",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    set_: Set = None,
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the policy to a new file, to be edited and kept.")
     ] = None,
@@ -60,7 +58,7 @@ def policy(
     chosen = load_policy(file) if file else DEFAULT
     settings = load_settings(preset, set_ or [])
     for line in policy_lines(chosen):
-        _console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     seed = load_seed(settings.seed_model)
     table = Table("when", "artifact", "arrays", Column("bytes", justify="right"), "", title=f"a run of {preset} would send")
     for stage in MESSAGE_TYPE:
@@ -72,12 +70,12 @@ def policy(
             refused = "" if kind in chosen.allow else "refused"
             size = f"{sum(artifact.bytes for artifact in artifacts):,}"
             table.add_row(stage, kind, f"{forms} {artifacts[0].dtype}", size, refused, style="red" if refused else None)
-    _console.print(table)
+    console.print(table)
     if write:
         if write.exists():
             raise InputFileError(f"{write} exists; a policy is never overwritten, so give another file")
         write_atomically(write, policy_text(chosen))
-        _console.print(f"policy: {write}; name it in the node's configuration as policy", soft_wrap=True)
+        console.print(f"policy: {write}; name it in the node's configuration as policy", soft_wrap=True)
 
 
 @audit.command()
@@ -94,7 +92,7 @@ def verify(
     own, server = (read_public(file) if file else None for file in (key, server_key))
     checked = [ledger for place in places for ledger in _check(place, own, server)]
     if own is None:
-        _console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
+        console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
     _show(checked, [finding for ledger in checked for finding in ledger.findings])
 
 
@@ -129,19 +127,19 @@ def explain(place: Place) -> None:
         raise InputFileError(f"{place} holds no client's ledger")
     for client in clients:
         for run in client.runs:
-            _console.rule(f"{client.name}, run {run[:8]}", align="left")
+            console.rule(f"{client.name}, run {run[:8]}", align="left")
             intents = client.of(Intent, run)
             privacy = privacy_of(intents)
             for kind, arrays in released(intents).items():
                 words = EXPLAINED[kind]
                 total = sum(array.bytes for array in arrays)
                 count = f"{len(arrays)} arrays, {total:,} bytes" if len(arrays) > 1 else f"{total:,} bytes"
-                _console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", highlight=False)
-                _console.print(
+                console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", highlight=False)
+                console.print(
                     f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
                 )
                 if kind in privacy:
-                    _console.print(f"  privacy: {coverage_words(privacy[kind])}", highlight=False)
+                    console.print(f"  privacy: {coverage_words(privacy[kind])}", highlight=False)
 
 
 @audit.command()
@@ -168,7 +166,7 @@ def budget(
         table.add_row(
             client.name, "all that is covered", "", f"{total:.3f}, of {', '.join(limits) or 'no limit'}", end_section=True
         )
-    _console.print(table)
+    console.print(table)
     _show(clients, [finding for client in clients for finding in client.findings])
 
 
@@ -183,7 +181,7 @@ def export(
             names = ", ".join(str(folder) for folder in found.all)
             raise InputFileError(f"{place} holds {len(found.all)} ledgers; give the folder of one: {names}")
         write_bundle(found.all[0], bundle)
-    _console.print(f"bundle: {bundle}", soft_wrap=True)
+    console.print(f"bundle: {bundle}", soft_wrap=True)
 
 
 @audit.command()
@@ -195,16 +193,14 @@ def report(
     folder = out or place / "audit"
     with ledgers_at(place) as found:
         verdict = write_pages(found, folder)
-    _console.print(f"report: {folder / 'index.html'}", soft_wrap=True)
+    console.print(f"report: {folder / 'index.html'}", soft_wrap=True)
     raise typer.Exit(int(verdict))
 
 
 @audit.command()
 def canary(
     preset: Annotated[str, typer.Option(help="Preset or TOML file of the run.")] = "glyphs",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    set_: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Empty folder to keep the run in. (default: a temporary one, removed at the end)")
     ] = None,
@@ -220,20 +216,20 @@ def canary(
         raise InputFileError(f"--out {out} is not an empty folder; give another one")
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(TemporaryDirectory()))
-        with _console.status("running, and searching what left"):
+        with console.status("running, and searching what left"):
             found = run_canary(settings, folder.absolute())
     replies = [place for place in found.places if place.startswith("client ")]
-    _console.print(
+    console.print(
         f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
         f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
         highlight=False,
     )
     for hit in found.found:
-        _console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
     for control in found.blind:
-        _console.print(f"the search did not find its own control: {control}", style="red", soft_wrap=True)
+        console.print(f"the search did not find its own control: {control}", style="red", soft_wrap=True)
     verdict = Verdict.VIOLATION if found.found else Verdict.INCOMPLETE if found.blind else Verdict.FINE
-    _console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
+    console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
     raise typer.Exit(int(verdict))
 
 
@@ -254,7 +250,7 @@ def attack(
     from metamoe.audit.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(TextColumn("experts, own and shadow"), *columns, console=_console) as progress:
+    with Progress(TextColumn("experts, own and shadow"), *columns, console=console) as progress:
         task = progress.add_task("", total=None)
         results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
     settings = load_settings(str(run / "settings.toml"))
@@ -270,7 +266,7 @@ def attack(
         membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
         shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
         table.add_row(name, *shown[0], "right" if result.top_class else "wrong", *shown[1])
-    _console.print(table)
+    console.print(table)
 
 
 class Described(StrEnum):
@@ -287,7 +283,7 @@ def schema(
 ) -> None:
     """Print a JSON Schema."""
     models: dict[Described, type[BaseModel]] = {Described.LINE: Line, Described.HEAD: Head, Described.POLICY: Policy}
-    _console.print_json(data=json_schema(models[of]))
+    console.print_json(data=json_schema(models[of]))
 
 
 def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
@@ -303,10 +299,10 @@ def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:
         moved = [sum(array.bytes for entry in of for array in entry.arrays) for of in (ledger.of(Intent), ledger.of(Arrival))]
         bytes_ = (f"{count:,}" if count else "" for count in moved)
         table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16])
-    _console.print(table)
+    console.print(table)
     for finding in findings:
         line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"
-        _console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     verdict = worst(findings)
-    _console.print(MEANING[verdict], style="bold" if verdict is Verdict.FINE else "bold red")
+    console.print(MEANING[verdict], style="bold" if verdict is Verdict.FINE else "bold red")
     raise typer.Exit(int(verdict))

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from metamoe.common.config import load_settings
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.presets import load_settings
+from metamoe.options import Set, console
 
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
-
-_console = Console()
 
 
 @client.command()
@@ -23,9 +21,7 @@ def check(
         typer.Argument(help="Data folder: train/CLASS NAME/*.png and test/CLASS NAME/*.png, or train.jsonl and test.jsonl."),
     ],
     preset: Annotated[str, typer.Option(help="Preset or TOML file of the run, which decides what would be sent.")] = "glyphs",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    set_: Set = None,
 ) -> None:
     """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
     exit code is 1 if anything is wrong.
@@ -37,12 +33,12 @@ def check(
 
     settings = load_settings(preset, set_ or [])
     questions = settings.data.source == "questions"
-    with _console.status("opening every file"):
+    with console.status("opening every file"):
         report = check_questions(folder) if questions else check_folder(folder)
     counts = Table("questions" if questions else "class", *report.counts, title="questions" if questions else "images")
     for name in sorted({name for by_class in report.counts.values() for name in by_class}):
         counts.add_row(name, *(str(by_class.get(name, 0)) for by_class in report.counts.values()))
-    _console.print(counts)
+    console.print(counts)
     wrong = list(report.wrong)
     if not questions:
         known = set(known_classes(settings.data))
@@ -58,9 +54,9 @@ def check(
             sent.add_row(kind, artifact.name, f"{artifact.dtype} {list(artifact.shape)}", f"{artifact.bytes:,}")
             total += artifact.bytes
     sent.add_row("", "in all", "", f"{total:,}")
-    _console.print(sent)
+    console.print(sent)
     for line in wrong:
-        _console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
 
@@ -97,4 +93,4 @@ def keys(
     from metamoe.deploy.keys import make_client_keys
 
     make_client_keys(folder, authority, server, days, datetime.now(UTC))
-    _console.print(f"give the operator {folder / 'node.pub'}, and nothing else of {folder}", soft_wrap=True)
+    console.print(f"give the operator {folder / 'node.pub'}, and nothing else of {folder}", soft_wrap=True)

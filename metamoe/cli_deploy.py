@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from metamoe.common.config import Settings, load_settings, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically
+from metamoe.common.presets import load_settings, to_toml
+from metamoe.options import Preset, Set, console
 
 if TYPE_CHECKING:
     from metamoe.deploy.doctor import Finding
 
 deploy = typer.Typer(no_args_is_help=True, help="A federation whose server and clients are separate processes, over TLS.")
 
-_console = Console()
 Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
 
 
@@ -37,7 +37,7 @@ def keys(
     from metamoe.deploy.keys import Federation, make_keys
 
     make_keys(folder, Federation(host=host, port=port, clients=clients), days, datetime.now(UTC))
-    _console.print(f"keys for a server and {clients} clients, valid for {days} days: {folder}", soft_wrap=True)
+    console.print(f"keys for a server and {clients} clients, valid for {days} days: {folder}", soft_wrap=True)
 
 
 @deploy.command()
@@ -45,7 +45,7 @@ def up(folder: Folder) -> None:
     """Start whatever of a federation does not run, as processes on this machine, and wait until all clients are online."""
     from metamoe.deploy.processes import up
 
-    with _console.status("starting") as shown:
+    with console.status("starting") as shown:
         up(folder.absolute(), shown.update)
     status(folder)
 
@@ -55,9 +55,9 @@ def down(folder: Folder) -> None:
     """Stop a federation's processes. What clients keep stays."""
     from metamoe.deploy.processes import down
 
-    with _console.status("stopping"):
+    with console.status("stopping"):
         stopped = down(folder.absolute())
-    _console.print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
+    console.print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
 
 
 @deploy.command()
@@ -65,12 +65,12 @@ def status(folder: Folder) -> None:
     """Show what runs and which clients the server sees; exit code 1 if anything is missing."""
     from metamoe.deploy.processes import status
 
-    with _console.status("asking the server"):
+    with console.status("asking the server"):
         parties = status(folder.absolute())
     table = Table("party", "processes", "node", "the server sees it")
     for party in parties:
         table.add_row(party.name, "running" if party.running else "down", party.node, "yes" if party.online else "no")
-    _console.print(table)
+    console.print(table)
     if not all(party.running and party.online for party in parties):
         raise typer.Exit(1)
 
@@ -86,22 +86,18 @@ def register(
     from metamoe.deploy.processes import register, register_clients
 
     if public_key:
-        _console.print(f"node {register(folder.absolute(), public_key)}")
+        console.print(f"node {register(folder.absolute(), public_key)}")
         return
-    with _console.status("asking the server") as shown:
+    with console.status("asking the server") as shown:
         new = register_clients(folder.absolute(), shown.update)
-    _console.print(f"registered: {', '.join(new) or 'all were before'}")
+    console.print(f"registered: {', '.join(new) or 'all were before'}")
 
 
 @deploy.command()
 def run(
     folder: Folder,
-    preset: Annotated[
-        str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")
-    ] = "glyphs",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    preset: Preset = "glyphs",
+    set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. (default: FOLDER/runs/TIME)")] = None,
 ) -> None:
     """Run the three stages over a federation that is up, and follow them; the exit code is the run's."""
@@ -113,13 +109,13 @@ def run(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputFileError(f"--out {target} is not an empty folder; give another one")
     write_atomically(target / "settings.toml", to_toml(settings))
-    with live(settings, target, _console):
+    with live(settings, target, console):
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"
     for missing in json.loads(summary.read_text())["missing"]:
         reason = with_names(folder, missing["reason"])
-        _console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {reason}", soft_wrap=True)
-    _console.print(f"model: {target / 'model'}\nwhat each client sent: {summary}", soft_wrap=True)
+        console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {reason}", soft_wrap=True)
+    console.print(f"model: {target / 'model'}\nwhat each client sent: {summary}", soft_wrap=True)
 
 
 @deploy.command()
@@ -144,13 +140,13 @@ def show_common(settings: Settings) -> None:
     from metamoe.common.model.seed import load_seed
     from metamoe.common.wire import PROTOCOL
 
-    with _console.status("hashing seed model and public set"):
+    with console.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
     alike = Table("the same for all parties", Column("here", overflow="fold"))
     alike.add_row("version", f"{version('metamoe-fl')}, protocol {PROTOCOL}")
     alike.add_row("seed model", seed)
     alike.add_row("public set", public)
-    _console.print(alike)
+    console.print(alike)
 
 
 def show_findings(findings: Sequence["Finding"]) -> None:
@@ -161,6 +157,6 @@ def show_findings(findings: Sequence["Finding"]) -> None:
     """
     for finding in findings:
         mark = "[red]wrong[/red] " if finding.problem else "[green]fine[/green]  "
-        _console.print(f"{mark}{escape(f'{finding.what} {finding.problem}')}", soft_wrap=True, highlight=False)
+        console.print(f"{mark}{escape(f'{finding.what} {finding.problem}')}", soft_wrap=True, highlight=False)
     if any(finding.problem for finding in findings):
         raise typer.Exit(1)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from metamoe.common.data.tasks import class_logits, pixel_values, text_features
+from metamoe.common.data.tasks import pixel_values
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
+from metamoe.common.model.batch import class_logits, text_features
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from metamoe.common.config import load_settings, to_toml
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.files import write_atomically, write_json
+from metamoe.common.presets import load_settings, to_toml
 from metamoe.server.strategy import MetaMoE
 
 app = ServerApp()

@@ -13,8 +13,8 @@ from filelock import FileLock
 from metamoe.common.config import Data
 from metamoe.common.data.tasks import input_batches
 from metamoe.common.files import cache_folder
-from metamoe.common.model.routing import sample_features
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import sample_features
 
 SHARD = 4_096
 """Samples of a shard: what is lost at most when an embedding is stopped."""
@@ -46,7 +46,7 @@ def public_features(
         compute: who computes the shards; None for this process.
 
     Returns:
-        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`metamoe.common.model.routing.sample_features`.
+        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`metamoe.common.model.vectors.sample_features`.
     """
     # Library and threads belong to the key: they decide the last digits.
     made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"

@@ -16,8 +16,8 @@ from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
 from metamoe.common.files import write_json
 from metamoe.common.model.artifact import router_arrays, save_model
-from metamoe.common.model.routing import all_evidence_paths
 from metamoe.common.model.seed import load_seed
+from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.server.embedding import public_features
 from metamoe.server.exchange import Ask, Exchange
 from metamoe.server.experts import store_expert, stored_expert, stored_vectors

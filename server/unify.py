@@ -15,9 +15,10 @@ from metamoe.common.fisher import shrunk_covariance
 from metamoe.common.model.artifact import UnifiedWeights
 from metamoe.common.model.inputs import Tokens
 from metamoe.common.model.lora import Expert, rounded, with_lora
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
-from metamoe.common.model.routing import all_evidence_paths, evidence_paths, router_rows, routing_vectors
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, router_rows, routing_vectors
 from metamoe.server.relevance import tempered_weights
 
 _STAGE = 3

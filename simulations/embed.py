@@ -11,8 +11,8 @@ from metamoe.common.compute import threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
-from metamoe.common.model.routing import all_evidence_paths
 from metamoe.common.model.seed import load_seed
+from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.server.embedding import embed_shard, public_features
 
 _WAITING = 4

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from metamoe.common import config
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, held_out_public
-from metamoe.common.data.tasks import Batch, Samples, Scores, class_names, samples_of
+from metamoe.common.data.tasks import Samples, class_names, samples_of
+from metamoe.common.model.batch import Batch, Scores
 from metamoe.common.model.inputs import Tokens, encode, masked_mean
 from metamoe.common.model.lora import Expert
 from metamoe.common.model.moe import UnifiedModel

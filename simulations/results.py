@@ -10,9 +10,10 @@ import numpy as np
 
 from metamoe.common.compute import threads
 from metamoe.common.config import Settings
-from metamoe.common.data.tasks import Scores, accuracy
+from metamoe.common.data.tasks import accuracy
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.model.artifact import load_model
+from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
 from metamoe.common.model.seed import load_seed
 from metamoe.simulations.benchmark.tables import table

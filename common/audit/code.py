@@ -5,16 +5,16 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-_PACKAGES = ("client", "common")
+_ROOMS = ("client", "common")
 
 
 @lru_cache(maxsize=1)
 def code_hash() -> str:
     """SHA-256 over path and content of every Python file that can see private data."""
     digest = hashlib.sha256()
-    for package in _PACKAGES:
-        root = Path(str(resources.files(package)))
+    for room in _ROOMS:
+        root = Path(str(resources.files(f"metamoe.{room}")))
         for file in sorted(root.rglob("*.py")):
             content = file.read_bytes()
-            digest.update(f"{package}/{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+            digest.update(f"{room}/{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()

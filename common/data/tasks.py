@@ -1,47 +1,23 @@
 """What "train" and "score" mean: images against the text features of class names, and questions with several choices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metamoe.common import config
-from metamoe.common.data.text import Question, Targets, packed, prompt_batches, tokenised
+from metamoe.common.data.text import Question, prompt_batches, tokenised
 from metamoe.common.errors import InvalidSettingError
-from metamoe.common.model.inputs import Inputs, Tokens
+from metamoe.common.model.batch import Batch, ImageBatch, Scores, TextBatch, packed, text_features
+from metamoe.common.model.inputs import Inputs
 from metamoe.common.model.seed import Seed
 
 _BATCH = 256
-
-
-class Batch(Protocol):
-    """Some samples on their way through a model: what goes in, and what is made of what :func:`encode` gives."""
-
-    @property
-    def inputs(self) -> Inputs: ...
-
-    @property
-    def count(self) -> int:
-        """How many losses their mean is over."""
-        ...
-
-    def loss(self, model: Any, encoded: Tensor) -> Tensor:
-        """The task's loss, a scalar."""
-        ...
-
-    def scores(self, model: Any, encoded: Tensor) -> Tensor:
-        """Scores of every class or choice, float32 [B, C]."""
-        ...
-
-
-Scores = Callable[[Batch], Tensor]
-"""A model as what scores a batch: [B, C]."""
 
 
 class Samples(Protocol):
@@ -68,26 +44,6 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageBatch:
-    """Images [B, 3, H, W], their classes [B], and the classes' unit text features [C, p]."""
-
-    inputs: Tensor
-    labels: Tensor
-    texts: Tensor
-
-    @property
-    def count(self) -> int:
-        return len(self.labels)
-
-    def loss(self, model: Any, encoded: Tensor) -> Tensor:
-        """Cross-entropy of scaled cosine similarities."""
-        return F.cross_entropy(self.scores(model, encoded), self.labels.to(encoded.device))
-
-    def scores(self, model: Any, encoded: Tensor) -> Tensor:
-        return class_logits(model, encoded, self.texts)
-
-
-@dataclass(frozen=True)
 class ImageSamples:
     """Images [N, 3, H, W] told apart by unit text features of class names [C, p]."""
 
@@ -100,40 +56,6 @@ class ImageSamples:
         return ImageBatch(self.pixels[rows], self.answers[rows], self.texts)
 
     asked = taught
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Packed questions and the tokens that are to be predicted."""
-
-    inputs: Tokens
-    targets: Targets
-
-    @property
-    def count(self) -> int:
-        return len(self.inputs.ids)
-
-    def loss(self, model: Any, encoded: Tensor) -> Tensor:
-        """Next-token loss: the mean over the tokens of each answer, as it is scored, and then over samples. So a proxy, whose
-        answer is long, weighs no more than a question.
-        """
-        losses = F.cross_entropy(self._logits(model, encoded), self.targets.token.to(encoded.device), reduction="none")
-        lengths = torch.bincount(self.targets.sample)
-        return losses @ (1 / (lengths[self.targets.sample] * len(lengths))).to(encoded.device)
-
-    def scores(self, model: Any, encoded: Tensor) -> Tensor:
-        """Log-likelihood of each choice divided by its number of tokens; of one that a question has not, minus infinity."""
-        likelihoods = self._logits(model, encoded).log_softmax(-1).gather(1, self.targets.token.to(encoded.device)[:, None])
-        # Where each token's likelihood belongs is known here, whatever the device: nobody has to wait for it.
-        width = int(self.targets.choice.max()) + 1
-        place = self.targets.sample * width + self.targets.choice
-        counts = torch.bincount(place, minlength=len(encoded) * width).to(encoded.device)
-        sums = likelihoods.new_zeros(len(counts)).index_add(0, place.to(encoded.device), likelihoods.squeeze(1))
-        return torch.where(counts > 0, sums / counts, -torch.inf).reshape(-1, width)
-
-    def _logits(self, model: Any, encoded: Tensor) -> Tensor:
-        targets = self.targets.to(encoded.device)
-        return model.lm_head(encoded[targets.sample, targets.position]).float()
 
 
 @dataclass(frozen=True)
@@ -250,26 +172,6 @@ def labels_in(dataset: Dataset, space: Sequence[str]) -> Tensor:
     index = {name: i for i, name in enumerate(space)}
     own = torch.tensor([index[name] for name in class_names(dataset)])
     return own[torch.tensor(dataset["label"], dtype=torch.long)]
-
-
-@torch.no_grad()
-def text_features(seed: Seed, names: Sequence[str], prompt: str) -> Tensor:
-    """Unit text features of class names, each put into ``prompt`` at ``{}``. float32 [C, p]."""
-    features = []
-    for start in range(0, len(names), _BATCH):
-        texts = [prompt.replace("{}", name) for name in names[start : start + _BATCH]]
-        tokens = seed.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        tokens = tokens.to(seed.model.device)
-        features.append(
-            seed.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-        )
-    return F.normalize(torch.cat(features), dim=1)
-
-
-def class_logits(model: Any, pooled: Tensor, texts: Tensor) -> Tensor:
-    """CLIP's scaled cosine similarities of pooled image features [B, d] and unit text features [C, p]. float32 [B, C]."""
-    images = F.normalize(model.visual_projection(pooled), dim=1)
-    return model.logit_scale.exp() * images @ texts.to(images.device).T
 
 
 @torch.inference_mode()

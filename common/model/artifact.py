@@ -21,7 +21,8 @@ from metamoe.common.compute import device_of
 from metamoe.common.errors import ModelFileError, SeedMismatchError, first_problem
 from metamoe.common.files import replaced_folder, write_json
 from metamoe.common.model.lora import Expert, load_adapter, save_adapter
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed, load_seed
 
 FORMAT = 5

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from metamoe.common.model.inputs import Tokens, prompt_tokens
-from metamoe.common.model.moe import DecodingCache, UnifiedModel
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import DecodingCache
 
 
 @torch.inference_mode()

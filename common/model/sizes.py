@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPModel
 
 from metamoe.common.config import Settings
-from metamoe.common.data.text import packed
+from metamoe.common.model.batch import packed
 from metamoe.common.model.inputs import Inputs, Tokens, encode
 from metamoe.common.model.lora import expert_shapes, with_lora
 from metamoe.common.model.seed import Seed, seed_config

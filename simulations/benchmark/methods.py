@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.presets import changed
 
 Use = Literal["seed", "expert", "oracle", "ensemble", "routed-ensemble", "soup", "unified", "pooled", "fedavg"]
 """How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'

@@ -18,12 +18,14 @@ import tomli_w
 from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.keys import read_public
 from metamoe.common.audit.policy import load_policy
-from metamoe.common.audit.verify import check_ledger, reconcile
-from metamoe.common.config import Settings, load_settings, to_toml, validated
+from metamoe.common.audit.reconcile import reconcile
+from metamoe.common.audit.verify import check_ledger
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError
 from metamoe.common.files import cache_folder, write_atomically
 from metamoe.common.model.artifact import load_model
+from metamoe.common.presets import load_settings, to_toml, validated
 from metamoe.deploy import flower
 from metamoe.deploy.keys import Federation, make_keys, read_federation
 from metamoe.deploy.processes import Running, _start_server, down, register, status, up

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from metamoe.common.config import Settings, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.errors import ProxyCountError
 from metamoe.common.model.artifact import load_model
+from metamoe.common.presets import to_toml
 from metamoe.simulations.local import run_local
 
 pytestmark = pytest.mark.slow

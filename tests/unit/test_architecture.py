@@ -50,6 +50,12 @@ def test_rooms_import_only_what_is_below_them() -> None:
         assert ours <= BELOW[room], f"{file} imports {ours - BELOW[room]}"
 
 
+def test_models_know_no_data() -> None:
+    for file, names in modules().items():
+        if file.startswith("common/model/"):
+            assert not any(name.startswith(("metamoe.common.data", "datasets")) for name in names), f"{file} imports data"
+
+
 def test_rooms_are_imported_under_metamoe_alone() -> None:
     files = [file for top in (*BELOW, "tests", "benchmarks") for file in (ROOT / top).rglob("*.py")]
     assert files

@@ -22,12 +22,13 @@ from metamoe.audit.attacks import (
 )
 from metamoe.client.expert import expert_routing_vectors
 from metamoe.common.audit.verify import Verdict
-from metamoe.common.config import Settings, changed, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private, load_public
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically
 from metamoe.common.model.lora import rounded
 from metamoe.common.model.seed import load_seed
+from metamoe.common.presets import changed, to_toml
 from metamoe.simulations.local import run_local
 from tests.conftest import random_expert
 

@@ -18,8 +18,9 @@ from metamoe.audit.ledgers import write_bundle
 from metamoe.client.app import app
 from metamoe.common.audit.ledger import LEDGER
 from metamoe.common.audit.policy import SIMULATION, policy_text
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
+from metamoe.common.presets import changed
 from metamoe.common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
 from metamoe.server.stages import run_stages
 

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from metamoe.client.answer import answer
 from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.site import Site, site_of
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import label_space, load_private, load_public
-from metamoe.common.data.tasks import all_pixels, class_logits, class_names, labels_in, text_features
+from metamoe.common.data.tasks import all_pixels, class_names, labels_in
 from metamoe.common.errors import PrivateDataError
+from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, rounded, with_lora
 from metamoe.common.model.seed import load_seed
+from metamoe.common.presets import changed
 from metamoe.common.privacy import Mechanism
 from metamoe.common.wire import Request
 from tests.conftest import random_expert

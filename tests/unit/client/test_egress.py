@@ -38,10 +38,11 @@ from metamoe.common.audit.policy import (
 )
 from metamoe.common.audit.verify import Verdict, check_ledger, worst
 from metamoe.common.audit.words import EXPLAINED, policy_lines
-from metamoe.common.config import Settings, changed, load_settings, preset_names
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
 from metamoe.common.errors import BudgetError, InputFileError, LedgerError, MetaMoEError, PolicyError, ProtocolError
 from metamoe.common.model.seed import load_seed
+from metamoe.common.presets import changed, load_settings, preset_names
 from metamoe.common.wire import (
     ARRAYS,
     AUDIT,

@@ -10,11 +10,12 @@ from metamoe.client.answer import answer
 from metamoe.client.app import respond
 from metamoe.client.folder import check_folder, read_folder
 from metamoe.client.site import Site, site_of
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private, public_fingerprint
 from metamoe.common.errors import InvalidSettingError, PrivateDataError
 from metamoe.common.model.artifact import load_model
 from metamoe.common.model.seed import load_seed
+from metamoe.common.presets import changed
 from metamoe.common.wire import Kind, Request
 from metamoe.server.stages import run_stages
 from metamoe.simulations.prepare import prepare

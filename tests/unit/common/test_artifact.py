@@ -10,7 +10,8 @@ from metamoe.common.errors import ModelFileError, SeedMismatchError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.model.artifact import UnifiedWeights, load_model, save_model
 from metamoe.common.model.lora import rounded
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
 from tests.conftest import random_expert, random_features, random_pixels
 

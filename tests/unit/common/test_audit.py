@@ -18,7 +18,8 @@ from metamoe.common.audit.entries import Intent, Open, Seal, array_entries, cano
 from metamoe.common.audit.keys import audit_key, public_hex, read_public, signed_by
 from metamoe.common.audit.ledger import HEAD, LEDGER, Ledger
 from metamoe.common.audit.merkle import merkle_root
-from metamoe.common.audit.verify import Checked, Verdict, check_ledger, reconcile, worst
+from metamoe.common.audit.reconcile import reconcile
+from metamoe.common.audit.verify import Checked, Verdict, check_ledger, worst
 from metamoe.common.errors import InputFileError, LedgerError
 from metamoe.simulations.local import run_local
 from tests.conftest import small_run

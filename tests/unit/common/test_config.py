@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from metamoe.common.config import Settings, load_settings, preset_names, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.errors import (
     InvalidSettingError,
     MetaMoEError,
@@ -11,6 +11,7 @@ from metamoe.common.errors import (
     UnknownSettingError,
     by_code,
 )
+from metamoe.common.presets import load_settings, preset_names, to_toml
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from metamoe.common.config import Data, Settings, validated
+from metamoe.common.config import Data, Settings
 from metamoe.common.data import datasets, glyphs, images
 from metamoe.common.data.datasets import (
     check_domains,
@@ -25,6 +25,7 @@ from metamoe.common.data.datasets import (
 from metamoe.common.data.tasks import batches
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
 from metamoe.common.model.seed import Seed
+from metamoe.common.presets import validated
 
 DATA = validated({}).data
 

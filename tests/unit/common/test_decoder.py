@@ -21,16 +21,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from metamoe.common.config import Settings, changed
-from metamoe.common.data.tasks import TextBatch, TextSamples
-from metamoe.common.data.text import Question, packed
+from metamoe.common.config import Settings
+from metamoe.common.data.tasks import TextSamples
+from metamoe.common.data.text import Question
 from metamoe.common.errors import ModelStructureError
+from metamoe.common.model.batch import TextBatch, packed
 from metamoe.common.model.generation import generate
 from metamoe.common.model.inputs import Tokens, encode, prompt_tokens
 from metamoe.common.model.lora import save_adapter, with_lora
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
-from metamoe.common.model.routing import ffn_inputs, sample_features
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.vectors import ffn_inputs, sample_features
+from metamoe.common.presets import changed
 from metamoe.simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS, random_expert, random_features
 

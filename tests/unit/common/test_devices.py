@@ -13,16 +13,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from metamoe.client.expert import _rate, train_expert
 from metamoe.common.compute import device_of, precision_of
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private
-from metamoe.common.data.tasks import Batch, ImageBatch, TextBatch, TextSamples, class_names, in_parts, samples_of
-from metamoe.common.data.text import Question, packed
+from metamoe.common.data.tasks import TextSamples, class_names, in_parts, samples_of
+from metamoe.common.data.text import Question
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.model.batch import Batch, ImageBatch, TextBatch, packed
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import with_lora
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed, load_seed
 from metamoe.common.model.sizes import kept_for_backward, meta_seed, predicted_sizes
+from metamoe.common.presets import changed
 from metamoe.simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS, random_expert, random_features, random_pixels
 

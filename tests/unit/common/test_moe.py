@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from metamoe.common import config
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.model import moe
 from metamoe.common.model.inputs import embed, masked_mean
 from metamoe.common.model.lora import save_adapter, with_lora
-from metamoe.common.model.moe import Router, RouterWeights, RoutingState, UnifiedModel
-from metamoe.common.model.routing import ffn_inputs
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import Router, RouterWeights, RoutingState
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import ffn_inputs
+from metamoe.common.presets import validated
 from metamoe.server.unify import train_router
 from tests.conftest import WORDS, random_expert, random_features, random_pixels
 

@@ -7,9 +7,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from metamoe.common.config import load_settings
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.presets import load_settings
 from metamoe.common.privacy import Mechanism, clipped, expert_mechanism, noise_multiplier, private_means, total_epsilon
 from tests.conftest import random_features
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metamoe.common.config import Data, Settings, changed, load_settings
+from metamoe.common.config import Data, Settings
 from metamoe.common.data.datasets import evaluation_sets, fingerprint, held_out_public, load_private, load_public
 from metamoe.common.data.questions import load_questions, question_row, read_questions, with_distractors
 from metamoe.common.data.text import tokenised
 from metamoe.common.errors import DataFormatError, InputFileError, InvalidSettingError
+from metamoe.common.presets import changed, load_settings
 
 OURS = {"context": "", "question": "What is wet?", "choices": ["fire", "water"], "answer": 1}
 

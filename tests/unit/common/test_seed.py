@@ -52,7 +52,7 @@ def test_a_folder_a_file_or_a_package_that_is_not_there_is_named(tmp_path: Path)
         (str(tmp_path / "none.gguf"), "no such file"),
         ("package:no_such_package", "no such package is installed"),
         ("package:not a name", "no such package is installed"),
-        ("package:common", "it has 0 .gguf files"),
+        ("package:metamoe", "it has 0 .gguf files"),
     ):
         with pytest.raises(InputFileError, match=message):
             load_seed.__wrapped__(reference)

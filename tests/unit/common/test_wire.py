@@ -8,9 +8,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError, ProtocolError
 from metamoe.common.model.seed import Seed
+from metamoe.common.presets import validated
 from metamoe.common.wire import (
     ARRAYS,
     REQUEST,

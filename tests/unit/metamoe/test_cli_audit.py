@@ -25,10 +25,11 @@ from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.ledger import HEAD, LEDGER
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.audit.words import privacy_of
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.presets import changed
 from metamoe.common.wire import Envelope, Request, encode_request
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
 from metamoe.common.data.tasks import batches
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
-from metamoe.common.model.routing import sample_features
 from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.vectors import sample_features
+from metamoe.common.presets import changed
 from metamoe.server import embedding
 from metamoe.server.embedding import public_features, shards
 from metamoe.simulations.embed import _shard, embed_public

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.seed import Seed
+from metamoe.common.presets import validated
 from metamoe.server.experts import store_expert, stored_expert
 from metamoe.server.merging import Contribution, clusters, merge, merged_expert, merged_selection
 from metamoe.server.proxies import Selection

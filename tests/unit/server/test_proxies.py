@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.errors import ProxyCountError
 from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.presets import validated
 from metamoe.server import proxies
 from metamoe.server.dpp import greedy_map
 from metamoe.server.proxies import select_proxies

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from metamoe.common.config import Settings, validated
+from metamoe.common.config import Settings
 from metamoe.common.errors import RunFailedError
+from metamoe.common.presets import validated
 from metamoe.common.wire import CLIENT_ERROR_CODE, encode_reply
 from metamoe.server import strategy
 from metamoe.server.strategy import MetaMoE

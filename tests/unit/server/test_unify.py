@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.data.tasks import batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
 from metamoe.common.model.lora import with_lora
-from metamoe.common.model.routing import sample_features
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import sample_features
+from metamoe.common.presets import changed
 from metamoe.server.relevance import tempered_weights
 from metamoe.server.unify import initial_routers, router_samples
 from tests.conftest import random_expert, random_features

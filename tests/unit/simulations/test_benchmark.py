@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from metamoe.common.config import Settings, changed, load_settings, to_toml
+from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError, MetaMoEError
+from metamoe.common.presets import changed, load_settings, to_toml
 from metamoe.simulations.benchmark import run as benchmark
 from metamoe.simulations.benchmark.methods import ablations, chosen, main_methods
-from metamoe.simulations.benchmark.run import Plan, _training_key
+from metamoe.simulations.benchmark.models import training_key
+from metamoe.simulations.benchmark.run import Plan
 from metamoe.simulations.benchmark.tables import REFERENCE, markdown, read_results
 
 
@@ -88,7 +90,7 @@ def test_outcomes_are_kept_by_what_decides_them(small: Settings, tmp_path: Path)
     # What a model is evaluated on is part of an outcome, and of no training.
     blurred = Plan(changed(small, ["data.test-corruptions=['blur']"]), plan.methods, plan.seeds, plan.out)
     assert blurred.file(methods["btm"], 0) != plan.file(methods["btm"], 0)
-    assert _training_key(blurred.settings(None, 0)) == _training_key(plan.settings(None, 0))
+    assert training_key(blurred.settings(None, 0)) == training_key(plan.settings(None, 0))
 
 
 def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from metamoe.common.config import Settings, changed
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private
-from metamoe.common.data.tasks import ImageBatch, ImageSamples, Scores, accuracy
+from metamoe.common.data.tasks import ImageSamples, accuracy
+from metamoe.common.model.batch import ImageBatch, Scores
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import with_lora
-from metamoe.common.model.moe import RouterWeights, UnifiedModel
+from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
+from metamoe.common.presets import changed
 from metamoe.simulations.benchmark import fedavg
 from metamoe.simulations.evaluate import EvaluationSet, domains_of, ensemble, own_share, routed_ensemble, sample_decision, soup
 from tests.conftest import random_expert, random_features, random_pixels

@@ -15,7 +15,7 @@ from PIL import Image
 from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
-from metamoe.common.config import Settings, changed, to_toml, validated
+from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain
 from metamoe.common.errors import (
     EmptyPartitionError,
@@ -32,6 +32,7 @@ from metamoe.common.errors import (
 )
 from metamoe.common.model.artifact import load_model
 from metamoe.common.model.lora import load_adapter
+from metamoe.common.presets import changed, to_toml, validated
 from metamoe.common.wire import REQUEST, RecordDict, encode_reply
 from metamoe.server.exchange import Ask
 from metamoe.server.stages import run_stages

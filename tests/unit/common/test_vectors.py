@@ -4,8 +4,8 @@ import torch
 
 from metamoe.common.config import Settings
 from metamoe.common.model.lora import expert_layers, with_lora
-from metamoe.common.model.routing import mean_over_samples, router_rows, routing_vectors
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import mean_over_samples, router_rows, routing_vectors
 from metamoe.server.unify import provenance_loss
 from tests.conftest import random_expert, random_features, random_pixels
 
