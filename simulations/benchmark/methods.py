@@ -1,8 +1,8 @@
 """The methods that a benchmark compares, as data: each is the same stages with some switches set, and a use of what they give.
 
 The baselines are set up as the paper does (Jiang et al. 2026, 4.1), all with the same seed, the same LoRA shape and the same
-private samples. Where it is silent, learning rates and top-k are the best of a few on validation data; docs/benchmarks.md names
-the exceptions.
+private samples. Where it is silent, learning rates and top-k are the best of a few on validation data (docs/search.md);
+docs/benchmarks.md names the exceptions.
 """
 
 from collections.abc import Sequence
