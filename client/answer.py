@@ -1,5 +1,6 @@
 """A client's answer to the server: check the common ground, then do what the stage asks."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -94,15 +95,19 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
             expert = load_adapter(stored)
             progress(settings.expert_training.epochs, settings.expert_training.epochs)
         else:
+            kept = folder / "training" / stored.name
             if settings.privacy.expert == "dp-sgd":
-                start = train_expert(seed, settings, site.client, samples[1:], space, progress)
+                start = train_expert(seed, settings, site.client, samples[1:], space, progress, kept=kept / "proxies")
                 rng, mechanism = site.noise(settings.seed, 2), expert_mechanism(settings)
-                expert = train_with_privacy(seed, settings, private, space, start, mechanism, rng, progress)
+                expert = train_with_privacy(
+                    seed, settings, private, space, start, mechanism, rng, progress, kept=kept / "private"
+                )
             else:
-                expert = train_expert(seed, settings, site.client, samples, space, progress)
+                expert = train_expert(seed, settings, site.client, samples, space, progress, kept=kept)
             with replaced_folder(stored) as new:
                 save_adapter(new, seed, settings.lora, expert)
                 write_json(new / "proxies.json", ids.tolist())
+            shutil.rmtree(kept, ignore_errors=True)
     arrays = {name: tensor.numpy() for name, tensor in expert.items()}
     if "routing-vectors" in {artifact.name for artifact in reply_artifacts("expert", settings, seed)}:
         arrays["routing-vectors"] = expert_routing_vectors(seed, settings, expert, samples)

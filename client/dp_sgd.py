@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.config import Settings
 from metamoe.common.data.tasks import all_pixels, labels_in
 from metamoe.common.model.batch import class_logits, text_features
@@ -26,6 +28,7 @@ def train_with_privacy(
     mechanism: Mechanism,
     rng: np.random.Generator,
     progress: Callable[[int, int], None],
+    kept: Path | None = None,
 ) -> Expert:
     """Go on from an expert that no private sample has touched, with clipped and noisy gradients of the private samples.
 
@@ -42,6 +45,8 @@ def train_with_privacy(
         mechanism: of :func:`metamoe.common.privacy.expert_mechanism`.
         rng: where sampling and noise come from.
         progress: called with steps done and in all.
+        kept: folder for the state of this training, from which a stopped one goes on with the same samples and noise, so that
+            no step is taken twice in different ways; None to keep none.
 
     Returns:
         The expert as it is sent, in float16.
@@ -64,7 +69,13 @@ def train_with_privacy(
         expected_batch_size=privacy.expert_batch_size,
         generator=generator,
     )
-    for step in range(mechanism.steps):
+    checkpoint = Checkpoint(kept, settings.expert_training.checkpoint_minutes, parameters, optimizer, generator)
+    begun, per_epoch = checkpoint.restore(), -(-mechanism.steps // privacy.expert_epochs)
+    if begun:
+        rng.bit_generator.state = begun["rng"]
+    for step in range(begun.get("step", 0), mechanism.steps):
+        if step % per_epoch == 0 or checkpoint.due():
+            checkpoint.save({"step": step, "rng": rng.bit_generator.state})
         progress(step, mechanism.steps)
         chosen = torch.from_numpy(np.flatnonzero(rng.random(len(labels)) < mechanism.sampling_rate))
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
+from metamoe.client.outbox import Answer, Outbox
 from metamoe.client.policy import policy_of
 from metamoe.client.site import Site, site_of
 from metamoe.common.audit.code import code_hash
@@ -21,8 +22,10 @@ from metamoe.common.audit.entries import (
     Open,
     Receipt,
     Refusal,
+    Resent,
     Spent,
     array_entries,
+    digest_of,
     receipt_statement,
     settings_hash,
 )
@@ -38,12 +41,14 @@ from metamoe.common.wire import (
     AUDIT_ARTIFACTS,
     CLIENT_ERROR_CODE,
     MESSAGE_TYPE,
+    Artifact,
     Kind,
     RecordDict,
     Request,
     decode_reply,
     decode_terms,
     encode_reply,
+    question_hash,
     reply_artifacts,
 )
 
@@ -86,20 +91,51 @@ def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[Reco
         _log(site, kind)
         raise
     try:
-        spent = planned_spending(kind, terms.settings)
-        arrays = _checked(kind, terms, policy, ledger, spent, lambda: respond(content))
-        if kind == "profile" and arrays["client"] != site.client:
-            raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
-        extra = _for_the_audit(kind, terms, ledger)
-        run, message = terms.envelope.run, terms.envelope.message
-        ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
-        return encode_reply(arrays, extra)
+        return _answered(kind, terms, content, site, policy, ledger, respond)
     except Exception as error:
         _log(site, kind)
         if not isinstance(error, LedgerError):
             envelope = terms.envelope
             ledger.append(Refusal(run=envelope.run, message=envelope.message, stage=kind, code=_code(error)))
         raise
+
+
+def _answered(
+    kind: Kind,
+    terms: Request,
+    content: RecordDict,
+    site: Site,
+    policy: Policy,
+    ledger: Ledger,
+    respond: Callable[[RecordDict], RecordDict],
+) -> RecordDict:
+    """The reply, computed and released once in a run, however often it is asked for.
+
+    It is on disk before the ledger says that it leaves: whatever ends this process, the same bytes leave later, or none.
+    """
+    run, message = terms.envelope.run, terms.envelope.message
+    outbox, asked = Outbox(site, run), question_hash(terms, content)
+    spent = planned_spending(kind, terms.settings)
+    released = {digest_of(e.arrays): e for e in ledger.run(run) if isinstance(e, Intent) and e.stage == kind}
+    answer = outbox.kept(kind, asked)
+    # Lost from the outbox it may be computed anew, if it comes to the same; noise never would.
+    if answer is None and released and not spent and not outbox.holds(kind):
+        answer = Answer(decode_reply(respond(content), _artifacts(kind, terms)), _for_the_audit(kind, terms, ledger))
+    if answer and (first := released.get(digest_of(array_entries(answer.arrays | answer.audit)))):
+        others = [entry for entry in ledger.run(run) if entry not in released.values()]
+        check_request(policy, terms.settings, [array.name for array in first.arrays], others)
+        ledger.append(Resent(run=run, message=message, stage=kind, first=first.message))
+        return encode_reply(answer.arrays, answer.audit)
+    arrays = _checked(kind, terms, policy, ledger, spent, lambda: encode_reply(answer.arrays) if answer else respond(content))
+    if kind == "profile" and arrays["client"] != site.client:
+        raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
+    extra = _for_the_audit(kind, terms, ledger)
+    outbox.keep(kind, asked, Answer(arrays, extra))
+    ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
+    if kind == "deliver":
+        # It is part of the model that has just come back.
+        outbox.forget("expert")
+    return encode_reply(arrays, extra)
 
 
 def planned_spending(kind: Kind, settings: Settings) -> list[Spent]:
@@ -136,7 +172,7 @@ def _checked(
 ) -> dict[str, np.ndarray]:
     """The arrays of the reply, computed only if they may be asked for, and returned only if they may leave."""
     settings, run = terms.settings, terms.envelope.run
-    artifacts = reply_artifacts(kind, settings, load_seed(settings.seed_model))
+    artifacts = _artifacts(kind, terms)
     names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
     entries = ledger.run(run)
     check_request(policy, settings, names, entries)
@@ -144,6 +180,10 @@ def _checked(
     arrays = decode_reply(compute(), artifacts)
     check_arrays(policy, arrays, [array for entry in entries if isinstance(entry, Intent) for array in entry.arrays])
     return arrays
+
+
+def _artifacts(kind: Kind, terms: Request) -> list[Artifact]:
+    return reply_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model))
 
 
 def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.ndarray]:
@@ -166,20 +206,23 @@ def _open(ledger: Ledger, site: Site, policy: Policy, terms: Request) -> None:
     stored = site.audit / f"policy-{digest}.toml"
     if not stored.exists():
         write_atomically(stored, policy_text(policy))
-    ledger.open(
-        Open(
-            run=envelope.run,
-            role="client",
-            key=ledger.public,
-            server=envelope.key,
-            settings=settings_hash(terms.settings),
-            seed_model=terms.seed,
-            public_set=terms.public,
-            code=code_hash(),
-            policy=digest,
-        )
+    opened = Open(
+        run=envelope.run,
+        role="client",
+        key=ledger.public,
+        server=envelope.key,
+        settings=settings_hash(terms.settings),
+        seed_model=terms.seed,
+        public_set=terms.public,
+        code=code_hash(),
+        policy=digest,
     )
+    ledger.open(opened)
     known = ledger.run(envelope.run)
+    begun = next(entry for entry in known if isinstance(entry, Open))
+    for what in ("server", "settings", "seed_model", "public_set"):
+        if getattr(begun, what) != getattr(opened, what):
+            raise ProtocolError(f"run {envelope.run[:8]} began with another {what}; a run keeps what it began with")
     if new := [receipt for receipt in envelope.receipts if receipt not in known]:
         _check_receipts(envelope.run, known, new)
         ledger.append(*new)

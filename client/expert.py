@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 
+from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import ExpertTraining, Settings
 from metamoe.common.data.datasets import fingerprint
@@ -35,6 +36,7 @@ def train_expert(
     space: Sequence[str],
     progress: Callable[[int, int], None],
     start: Expert | None = None,
+    kept: Path | None = None,
 ) -> Expert:
     """Train LoRA on the feed-forward sublayers: by cross-entropy against the class names' text features, or by the next-token
     loss on the answers of questions.
@@ -48,6 +50,7 @@ def train_expert(
             none.
         progress: called with epochs done and in all.
         start: the expert to go on from; None for a new one.
+        kept: folder for the state of this training, from which a stopped one goes on; None to keep none.
 
     Returns:
         The expert as it is sent, in float16.
@@ -63,16 +66,13 @@ def train_expert(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(training.optimizer, [{"params": parameters, "lr": training.learning_rate}], training.weight_decay)
     steps = -(-count // training.batch_size) * training.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, training, steps))
-    for epoch in range(training.epochs):
-        progress(epoch, training.epochs)
-        for rows in torch.randperm(count, generator=generator).split(training.batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
-                (share * batch.loss(model, encode(model, batch.inputs))).backward()
-            optimizer.step()
-            schedule.step()
-    progress(training.epochs, training.epochs)
+    checkpoint = Checkpoint(kept, training.checkpoint_minutes, parameters, optimizer, generator)
+    for step, rows in checkpoint.steps(training.epochs, count, training.batch_size, progress):
+        optimizer.param_groups[0]["lr"] = training.learning_rate * _rate(training, steps, step)
+        optimizer.zero_grad(set_to_none=True)
+        for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
+            (share * batch.loss(model, encode(model, batch.inputs))).backward()
+        optimizer.step()
     return rounded(expert_of(model))
 
 
@@ -83,7 +83,7 @@ def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Da
     made_of = (
         seed.fingerprint,
         settings.lora.model_dump(),
-        settings.expert_training.model_dump(),
+        settings.expert_training.model_dump(exclude={"checkpoint_minutes"}),
         (settings.compute.precision, settings.compute.micro_batch_size),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,

@@ -133,6 +133,11 @@ class ExpertTraining(Section):
     warmup_steps: int = Field(0, ge=0)
     optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "constant"] = Field("linear", description="after warm-up: falling to zero, or constant")
+    checkpoint_minutes: NonNegative = Field(
+        5.0,
+        description="between two states of a training on disk, from which a stopped one goes on, beside that of every epoch; 0 "
+        "is none within an epoch",
+    )
 
 
 class Experts(Section):

@@ -103,6 +103,12 @@ class ModelFileError(MetaMoEError):
     exit_code = 40
 
 
+class StateFileError(MetaMoEError):
+    """What a run or a client left on disk to go on from is missing, damaged, or of another run."""
+
+    exit_code = 41
+
+
 class RunFailedError(MetaMoEError):
     """A federated run that did not come to its end."""
 

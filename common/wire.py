@@ -4,6 +4,7 @@ The server asks three kinds of question. A reply holds exactly the arrays declar
 dtype and shape, and nothing else: no text, no metric, no example count.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -24,7 +25,7 @@ from metamoe.common.model.seed import Seed, load_seed
 from metamoe.common.model.vectors import all_evidence_paths, evidence_paths
 from metamoe.common.presets import validated
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
@@ -162,6 +163,17 @@ def addressed(content: RecordDict, envelope: Envelope) -> RecordDict:
     """The same request in another envelope; the arrays are shared, not copied."""
     config = ConfigRecord({**content.config_records[REQUEST], "envelope": envelope.model_dump_json()})
     return RecordDict({REQUEST: config, ARRAYS: content.array_records[ARRAYS]})
+
+
+def question_hash(terms: Request, content: RecordDict) -> str:
+    """SHA-256 over what a request asks for: its settings, what both sides must hold alike, its experts and its arrays, but not
+    which message it is, nor how many clients are left. The same question has the same answer.
+    """
+    said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts)]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, array in sorted(content.array_records.get(ARRAYS, ArrayRecord()).items()):
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode() + array.data)
+    return digest.hexdigest()
 
 
 def decode_terms(content: RecordDict) -> Request:

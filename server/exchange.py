@@ -3,11 +3,12 @@
 import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from metamoe.common.arrays import arrays_hash
 from metamoe.common.audit.code import code_hash
 from metamoe.common.audit.entries import (
     Arrival,
@@ -35,6 +36,7 @@ from metamoe.common.wire import (
     encode_request,
     reply_artifacts,
 )
+from metamoe.server.state import RunState
 
 Ask = Callable[[Kind, Mapping[int, RecordDict]], Iterable[tuple[int, RecordDict | MetaMoEError]]]
 """Sends each node its request and yields (node, reply) as replies come; a node that failed gives an error instead."""
@@ -76,13 +78,15 @@ class Exchange:
         ask: Ask,
         events: EventLog,
         ledger: Ledger,
+        state: RunState,
     ) -> None:
         self.transfers = [Transfer(name) for name in settings.client_names]
         self._settings, self._seed, self._public, self._ask, self._events = settings, seed, public, ask, events
-        self.members, self.missing = list(range(settings.clients)), list[Missing]()
+        self.missing = _left_out(state)
+        gone = {missing.name for missing in self.missing}
+        self.members = [client for client, name in enumerate(settings.client_names) if name not in gone]
         self._nodes, self._clients = list(nodes), dict[int, int]()
-        self._ledger, self._run = ledger, secrets.token_hex(16)
-        self._receipts: dict[int, list[Receipt]] = {node: [] for node in nodes}
+        self._ledger, self._state, self._run = ledger, state, state.run
         self._keys: dict[int, str] = {}
         self._failures: list[str] = []
         ledger.open(
@@ -98,6 +102,14 @@ class Exchange:
                 policy=None,
             )
         )
+        # What was signed for before the run was interrupted may not have reached its client.
+        self._receipts: dict[int, dict[Kind, Receipt]] = {client: {} for client in self.members}
+        for arrival in ledger.run(self._run):
+            if isinstance(arrival, Arrival) and arrival.client in self._receipts:
+                digest = digest_of(arrival.arrays)
+                self._receipts[arrival.client][arrival.stage] = Receipt(
+                    run=self._run, message=arrival.message, arrays=digest, signature=arrival.signature
+                )
 
     def close(self) -> None:
         """The run is over: the server's ledger is sealed."""
@@ -111,8 +123,11 @@ class Exchange:
     def profiles(self) -> dict[int, dict[str, np.ndarray]]:
         """Ask every node who it is and what its data looks like to the seed. The replies by client, in the clients' order.
 
+        Of a run that goes on, all are asked again, as nodes may be others than before; what they say must be the same.
+
         Raises:
             RunFailedError: two nodes say that they are the same client.
+            ProtocolError: a client says something else than before.
             MetaMoEError: as :meth:`ask`.
         """
         found: dict[int, dict[str, np.ndarray]] = {}
@@ -120,34 +135,61 @@ class Exchange:
             client = int(arrays["client"])
             if not 0 <= client < self._settings.clients:
                 raise ProtocolError(f"a node says it is client {client}, but the run has clients = {self._settings.clients}")
+            name = self.transfers[client].name
             if client in found:
-                raise RunFailedError(
-                    f"two nodes say that they are client {self.transfers[client].name}; give each its own partition-id"
-                )
+                raise RunFailedError(f"two nodes say that they are client {name}; give each its own partition-id")
+            if client not in self.members:
+                # The run went on without it.
+                self._nodes.remove(node)
+                continue
+            before = self._state.reply("profile", name)
+            if before is None:
+                self._state.keep("profile", name, arrays)
+            elif arrays_hash(before) != arrays_hash(arrays):
+                raise ProtocolError(f"client {name} says something else than before the run was interrupted")
             found[client], self._clients[node] = arrays, client
             self._count(client, 0, arrays)
-            self._events("profile", len(found), self._settings.clients, self.transfers[client].name)
+            self._events("profile", len(found), self._settings.clients, name)
         # A node that failed before it said which client it is can be any of those that did not.
         reason = "; ".join(self._failures) or "it is not connected"
-        absent = [client for client in self.members if client not in found]
-        self.missing += [Missing(self.transfers[client].name, "profile", reason) for client in absent]
-        self.members = sorted(found)
+        for client in [client for client in self.members if client not in found]:
+            name = self.transfers[client].name
+            # Its expert is here: it can be part of the model, though nobody will deliver that.
+            if (before := self._state.reply("profile", name)) and self._state.reply("expert", name):
+                found[client] = before
+                self._count(client, 0, before)
+            else:
+                self._leave_out(client, "profile", reason)
         return {client: found[client] for client in self.members}
 
     def ask(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Send each client its request; yield (client, arrays) in the order in which replies come.
+        """Send each client its request, but to those who have answered it; yield (client, arrays) in the order in which replies
+        come, those that are here first. Each is in the run's state before it is yielded.
 
         Raises:
             ProtocolError: a reply that is not exactly what was declared, and too few clients are left.
             MetaMoEError: a client reports this error, and too few are left.
             RunFailedError: clients did not answer in time, and too few are left.
         """
-        by_node = {node: requests[client] for node, client in self._clients.items() if client in requests}
-        self._events(kind, 0, len(by_node))
-        for done, (node, arrays) in enumerate(self._replies(kind, by_node), start=1):
+        self._events(kind, 0, len(requests))
+        for done, (client, arrays) in enumerate(self._answers(kind, requests), start=1):
+            self._count(client, payload_bytes(requests[client]), arrays)
+            self._events(kind, done, len(requests), self.transfers[client].name)
+            yield client, arrays
+
+    def _answers(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """What each client answered, now or before the run was interrupted."""
+        left = set(requests)
+        for client in requests:
+            if (before := self._state.reply(kind, self.transfers[client].name)) is not None:
+                left.remove(client)
+                yield client, before
+        by_node = {node: requests[client] for node, client in self._clients.items() if client in left}
+        for client in sorted(left - set(self._clients.values())):
+            self._leave_out(client, kind, "it is not connected")
+        for node, arrays in self._replies(kind, by_node):
             client = self._clients[node]
-            self._count(client, payload_bytes(by_node[node]), arrays)
-            self._events(kind, done, len(by_node), self.transfers[client].name)
+            self._state.keep(kind, self.transfers[client].name, arrays)
             yield client, arrays
 
     def _replies(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -183,11 +225,17 @@ class Exchange:
             raise type(error)(f"{error}; missing before: {before}; quorum = {self._settings.quorum}") if before else error
         self._failures.append(str(error))
         for client in [self._clients.pop(node) for node in nodes if node in self._clients]:
-            self.members = [member for member in self.members if member != client]
-            self.missing.append(Missing(self.transfers[client].name, kind, str(error)))
+            self._leave_out(client, kind, str(error))
+
+    def _leave_out(self, client: int, kind: Kind, reason: str) -> None:
+        missing = Missing(self.transfers[client].name, kind, reason)
+        self.members = [member for member in self.members if member != client]
+        self.missing.append(missing)
+        self._state.note("missing", **asdict(missing))
 
     def _addressed(self, content: RecordDict, node: int, message: str) -> RecordDict:
-        envelope = Envelope(run=self._run, message=message, key=self._ledger.public, receipts=self._receipts[node])
+        receipts = list(self._receipts[self._clients[node]].values()) if node in self._clients else []
+        envelope = Envelope(run=self._run, message=message, key=self._ledger.public, receipts=receipts)
         return addressed(content, envelope)
 
     def _arrived(
@@ -200,7 +248,9 @@ class Exchange:
         entries = array_entries({**arrays, **extra})
         digest = digest_of(entries)
         signature = self._ledger.sign(receipt_statement(self._run, message, digest))
-        self._receipts[node].append(Receipt(run=self._run, message=message, arrays=digest, signature=signature))
+        if client in self._receipts:
+            receipt = Receipt(run=self._run, message=message, arrays=digest, signature=signature)
+            self._receipts[client][kind] = receipt
         self._ledger.append(
             Arrival(
                 run=self._run,
@@ -226,6 +276,19 @@ class Exchange:
             transfer.artifacts.append(
                 {"name": name, "dtype": str(array.dtype), "shape": shape, "bytes": array.nbytes, "sha256": digest}
             )
+
+
+def _left_out(state: RunState) -> list[Missing]:
+    """Those whom a run that goes on has gone on without: proxies were chosen, or the model was made, without them. All others
+    have another chance.
+    """
+    made_by: dict[str, str] = {"profile": "select", "expert": "unify"}
+    found = {}
+    for line in state.notes("missing"):
+        stage, name = line["stage"], line["name"]
+        if stage in made_by and state.notes(made_by[stage]) and state.reply(stage, name) is None:
+            found[name] = Missing(name, stage, line["reason"])
+    return list(found.values())
 
 
 def payload_bytes(content: RecordDict) -> int:

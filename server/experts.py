@@ -29,6 +29,11 @@ def stored_vectors(folder: Path) -> np.ndarray | None:
     return load_file(folder / _VECTORS).get("routing-vectors")
 
 
+def stored_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Read what :func:`store_expert` wrote, as it was given."""
+    return {name: matrix.numpy() for name, matrix in load_adapter(folder).items()} | load_file(folder / _VECTORS)
+
+
 def stored_expert(folder: Path) -> tuple[Expert, np.ndarray | None]:
     """Read what :func:`store_expert` wrote: the LoRA matrices, and the routing vectors [L, d] or None."""
     return load_adapter(folder), stored_vectors(folder)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from metamoe.common.compute import derived_seed, threads
 from metamoe.common.config import Proxies, Settings
 from metamoe.common.errors import ProxyCountError
+from metamoe.common.files import read_json, write_json
 from metamoe.common.fisher import shrunk_covariance
 from metamoe.server.dpp import greedy_map
 from metamoe.server.relevance import fisher_discriminants, linear_scores, logistic_link
@@ -15,6 +17,7 @@ from metamoe.server.relevance import fisher_discriminants, linear_scores, logist
 _STAGE = 1
 _COVARIANCE_SAMPLES = 50_000
 _LEAST = 1e-100
+_PARTS = {"ids": np.int64, "scores": np.float64, "relevance": np.float64}
 _SCORES = 2**23
 """Scores in memory at a time."""
 
@@ -104,10 +107,17 @@ def _random(size: int, count: int, seed: int, client: int) -> Selection:
     return Selection(ids, np.zeros(count), np.full(count, 0.5))
 
 
-def selection_record(selection: Selection) -> dict[str, list[float] | list[int]]:
-    """A selection as it stands in proxies.json."""
+def write_selections(file: Path, public: str, selections: Mapping[str, Selection]) -> None:
+    """Write proxies.json: for each client, by name, row numbers in the public set (whose hash is ``public``), log-odds and
+    relevance, to their last digit.
+    """
+    clients = {name: {part: getattr(s, part).tolist() for part in _PARTS} for name, s in selections.items()}
+    write_json(file, {"public": public, "clients": clients})
+
+
+def read_selections(file: Path) -> dict[str, Selection]:
+    """What :func:`write_selections` wrote, by the clients' names."""
     return {
-        "ids": selection.ids.tolist(),
-        "scores": [round(float(s), 6) for s in selection.scores],
-        "relevance": [float(f"{r:.6g}") for r in selection.relevance],
+        name: Selection(*(np.array(values[part], dtype) for part, dtype in _PARTS.items()))
+        for name, values in read_json(file)["clients"].items()
     }

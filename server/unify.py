@@ -1,12 +1,14 @@
 """Stage 3: assemble one Mixture-of-Experts and train its router on the proxies."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import label_space
@@ -115,7 +117,12 @@ def provenance_loss(log_probabilities: Tensor, clients: Tensor, mask: Tensor | N
 
 
 def train_router(
-    model: UnifiedModel, seed: Seed, settings: Settings, samples: Sequence[Dataset], progress: Callable[[int, int], None]
+    model: UnifiedModel,
+    seed: Seed,
+    settings: Settings,
+    samples: Sequence[Dataset],
+    progress: Callable[[int, int], None],
+    kept: Path | None = None,
 ) -> None:
     """Train routers, experts, or both, as the settings say; the model is changed in place.
 
@@ -124,6 +131,7 @@ def train_router(
         seed, settings: the run's.
         samples: see :func:`router_samples`; the k-th data set is the k-th expert's, which is what provenance teaches.
         progress: called with epochs done and in all.
+        kept: folder for the state of this training, from which a stopped one goes on; None to keep none.
     """
     training = settings.router_training
     owners = torch.cat([torch.full((len(data),), k) for k, data in enumerate(samples)])
@@ -144,25 +152,24 @@ def train_router(
     ]
     optimizer = optimizer_of(training.optimizer, groups, 0.0)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
-    for epoch in range(training.epochs):
-        progress(epoch, training.epochs)
-        for rows in torch.randperm(len(owners), generator=generator).split(training.batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            for batch, part, share in in_parts(own, rows, settings.compute.micro_batch_size):
-                encoded, decisions = model(batch.inputs)
-                losses = []
-                if training.supervision in ("task", "both"):
-                    losses.append(share * batch.loss(model.backbone, encoded))
-                if training.supervision in ("provenance", "both"):
-                    clients = owners[part].to(encoded.device)
-                    mask = batch.inputs.prompt.to(encoded.device) if isinstance(batch.inputs, Tokens) else None
-                    found = torch.stack([provenance_loss(decision, clients, mask) for decision in decisions]).mean()
-                    losses.append(len(part) / len(rows) * found)
-                torch.stack(losses).sum().backward()
-            optimizer.step()
-            for router in model.routers:
-                router.clamp_context()
-    progress(training.epochs, training.epochs)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    checkpoint = Checkpoint(kept, settings.expert_training.checkpoint_minutes, trained, optimizer, generator)
+    for _, rows in checkpoint.steps(training.epochs, len(owners), training.batch_size, progress):
+        optimizer.zero_grad(set_to_none=True)
+        for batch, part, share in in_parts(own, rows, settings.compute.micro_batch_size):
+            encoded, decisions = model(batch.inputs)
+            losses = []
+            if training.supervision in ("task", "both"):
+                losses.append(share * batch.loss(model.backbone, encoded))
+            if training.supervision in ("provenance", "both"):
+                clients = owners[part].to(encoded.device)
+                mask = batch.inputs.prompt.to(encoded.device) if isinstance(batch.inputs, Tokens) else None
+                found = torch.stack([provenance_loss(decision, clients, mask) for decision in decisions]).mean()
+                losses.append(len(part) / len(rows) * found)
+            torch.stack(losses).sum().backward()
+        optimizer.step()
+        for router in model.routers:
+            router.clamp_context()
 
 
 def unify(
@@ -172,6 +179,7 @@ def unify(
     routers: Sequence[RouterWeights],
     samples: Sequence[Dataset],
     progress: Callable[[int, int], None],
+    kept: Path | None = None,
 ) -> UnifiedWeights:
     """Stage 3 from the initial routers on: the unified model, its training, and its weights as they are stored.
 
@@ -181,8 +189,9 @@ def unify(
         routers: see :func:`initial_routers`.
         samples: see :func:`router_samples`.
         progress: called with epochs done and in all.
+        kept: see :func:`train_router`.
     """
     model = UnifiedModel(seed, experts, settings.lora, settings.router, routers)
     if settings.router_training.supervision != "none":
-        train_router(model, seed, settings, samples, progress)
+        train_router(model, seed, settings, samples, progress, kept)
     return UnifiedWeights([rounded(expert) for expert in model.experts()], [router.weights() for router in model.routers])

@@ -1,8 +1,8 @@
 """The lines of a ledger: what each may say, and the one way to write it.
 
-A client's ledger has ``open``, ``intent``, ``refusal``, ``receipt`` and ``seal``; a server's ``open``, ``arrival``, ``failure``
-and ``seal``. Nothing in them depends on a private sample but the hashes of what was sent. Times are to the minute: finer ones
-would tell how long a client computed, and so how much data it has.
+A client's ledger has ``open``, ``intent``, ``resent``, ``refusal``, ``receipt`` and ``seal``; a server's ``open``, ``arrival``,
+``failure`` and ``seal``. Nothing in them depends on a private sample but the hashes of what was sent. Times are to the minute:
+finer ones would tell how long a client computed, and so how much data it has.
 """
 
 import hashlib
@@ -73,6 +73,16 @@ class Intent(_Line):
     spent: list[Spent] = []
 
 
+class Resent(_Line):
+    """What an earlier line was about to send is about to be sent again, to the byte: the server asked again."""
+
+    type: Literal["resent"] = "resent"
+    run: Identifier
+    message: Identifier
+    stage: Stage
+    first: Identifier = Field(description="message of the line that has the arrays")
+
+
 class Refusal(_Line):
     """Nothing was sent but this error code."""
 
@@ -127,7 +137,7 @@ class Seal(_Line):
 
 
 Entry = Annotated[
-    Open | Intent | Refusal | Receipt | Arrival | Failure | Seal,
+    Open | Intent | Resent | Refusal | Receipt | Arrival | Failure | Seal,
     Field(discriminator="type"),
 ]
 

@@ -101,8 +101,11 @@ class Ledger:
         return [line.entry for line, _ in self._lines(run)]
 
     def seal(self, run: str) -> Seal:
-        """Sign the Merkle root over all lines of a run so far, and add that as a line."""
-        leaves = [raw for _, raw in self._lines(run)]
+        """Sign the Merkle root over all lines of a run so far, and add that as a line, unless the last line is one."""
+        lines = self._lines(run)
+        if lines and isinstance(last := lines[-1][0].entry, Seal):
+            return last
+        leaves = [raw for _, raw in lines]
         root = merkle_root(leaves).hex()
         seal = Seal(run=run, count=len(leaves), root=root, signature=self.sign(seal_statement(run, len(leaves), root)))
         self.append(seal)

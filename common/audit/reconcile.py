@@ -9,6 +9,7 @@ from metamoe.common.audit.entries import (
     Arrival,
     Failure,
     Intent,
+    Resent,
     Seal,
 )
 from metamoe.common.audit.verify import Checked, Finding, Verdict
@@ -24,7 +25,9 @@ def reconcile(client: Checked, server: Checked) -> list[Finding]:
         return [Finding(Verdict.DISAGREE, f"{client.name} and {server.name}", "have no run in common")]
     for run in runs:
         finished = bool(server.of(Seal, run))
-        sent = {intent.message: intent for intent in client.of(Intent, run)}
+        intents = {intent.message: intent for intent in client.of(Intent, run)}
+        again = {resent.message: resent.first for resent in client.of(Resent, run) if resent.first in intents}
+        sent = intents | {message: intents[first] for message, first in again.items()}
         arrived = {arrival.message: arrival for arrival in server.of(Arrival, run) if arrival.key == client.key}
         failed = {failure.message for failure in server.of(Failure, run)}
         for message, arrival in arrived.items():
@@ -35,8 +38,9 @@ def reconcile(client: Checked, server: Checked) -> list[Finding]:
                 findings += [
                     Finding(Verdict.DISAGREE, where, what) for what in _differences(sent[message].arrays, arrival.arrays)
                 ]
-        for message, intent in sent.items():
-            if message in arrived:
+        for message, intent in intents.items():
+            # What was sent again has arrived if any of the messages has.
+            if arrived.keys() & {message, *(other for other, first in again.items() if first == message)}:
                 continue
             where = f"{client.name}, run {run[:8]}, {intent.stage} message {message[:8]}"
             if finished or message in failed:

@@ -19,6 +19,7 @@ from metamoe.common.audit.entries import (
     Line,
     Open,
     Receipt,
+    Resent,
     Seal,
     canonical,
     digest_of,
@@ -204,6 +205,11 @@ def _check_receipts(checked: Checked, run: str, where: str, server: str) -> Iter
     intents = {intent.message: digest_of(intent.arrays) for intent in checked.of(Intent, run)}
     if len(intents) < len(checked.of(Intent, run)):
         yield Finding(Verdict.VIOLATION, where, "answers one message twice")
+    again = checked.of(Resent, run)
+    for resent in again:
+        if resent.first not in intents:
+            yield Finding(Verdict.TAMPERED, where, f"sent again what no earlier line sent: {resent.first[:8]}")
+    intents |= {resent.message: intents[resent.first] for resent in again if resent.first in intents}
     for receipt in checked.of(Receipt, run):
         statement = receipt_statement(run, receipt.message, receipt.arrays)
         if not signed_by(server, receipt.signature, statement):
@@ -218,8 +224,9 @@ def _check_receipts(checked: Checked, run: str, where: str, server: str) -> Iter
             yield Finding(Verdict.TAMPERED, where, f"has an arrival of {arrival.message[:8]} that does not fit its signature")
     receipts = {receipt.message for receipt in checked.of(Receipt, run)}
     for intent in checked.of(Intent, run):
+        sent = {intent.message} | {resent.message for resent in again if resent.first == intent.message}
         # The last reply of a run is signed for in the server's ledger alone: no request follows it.
-        if intent.message not in receipts and intent.stage != "deliver":
+        if not sent & receipts and intent.stage != "deliver":
             yield Finding(
                 Verdict.INCOMPLETE,
                 where,

@@ -26,7 +26,7 @@ from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed, load_seed
 
 FORMAT = 5
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
 
@@ -115,7 +115,7 @@ def save_model(
             classes=classes,
             files=files,
         )
-        write_json(new / _MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        write_json(new / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
 
 
@@ -126,18 +126,44 @@ def read_manifest(folder: Path) -> Manifest:
         ModelFileError: there is none, or it is not one of ours.
     """
     try:
-        text = (folder / _MANIFEST).read_bytes()
+        text = (folder / MANIFEST).read_bytes()
         # Before anything else: a manifest of another format has other fields.
         found = _Format.model_validate_json(text).format
         if found != FORMAT:
-            raise ModelFileError(f"{folder / _MANIFEST} has format {found}; this version reads {FORMAT}")
+            raise ModelFileError(f"{folder / MANIFEST} has format {found}; this version reads {FORMAT}")
         return Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         raise ModelFileError(
-            f"{folder} holds no {_MANIFEST}; give the folder of a unified model, such as runs/demo/model"
+            f"{folder} holds no {MANIFEST}; give the folder of a unified model, such as runs/demo/model"
         ) from error
     except ValidationError as error:
-        raise ModelFileError(f"{folder / _MANIFEST}: {first_problem(error)}") from error
+        raise ModelFileError(f"{folder / MANIFEST}: {first_problem(error)}") from error
+
+
+def read_weights(folder: Path) -> tuple[Manifest, UnifiedWeights]:
+    """Manifest and weights of a unified model, after checking every file's hash.
+
+    Raises:
+        ModelFileError: a file is missing, added or changed.
+    """
+    manifest = read_manifest(folder)
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
+    if difference := sorted(found ^ set(manifest.files)):
+        raise ModelFileError(f"{folder}: {difference[0]} is {'not in the manifest' if difference[0] in found else 'missing'}")
+    for name, digest in manifest.files.items():
+        if _sha256(folder / name) != digest:
+            raise ModelFileError(f"{folder / name} has changed since the model was written")
+    experts = [load_adapter(folder / "experts" / name) for name in manifest.experts]
+    return manifest, UnifiedWeights(experts, routers_from(load_file(folder / _ROUTER)))
+
+
+def intact(folder: Path) -> bool:
+    """Whether a unified model is there, every file as it was written."""
+    try:
+        read_weights(folder)
+    except ModelFileError:
+        return False
+    return True
 
 
 def load_model(folder: Path, device: str = "auto") -> Loaded:
@@ -151,20 +177,12 @@ def load_model(folder: Path, device: str = "auto") -> Loaded:
         ModelFileError: a file is missing, added or changed.
         SeedMismatchError: the seed model here is not the one it was made from.
     """
-    manifest = read_manifest(folder)
-    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {_MANIFEST}
-    if difference := sorted(found ^ set(manifest.files)):
-        raise ModelFileError(f"{folder}: {difference[0]} is {'not in the manifest' if difference[0] in found else 'missing'}")
-    for name, digest in manifest.files.items():
-        if _sha256(folder / name) != digest:
-            raise ModelFileError(f"{folder / name} has changed since the model was written")
+    manifest, weights = read_weights(folder)
     seed = load_seed(manifest.seed_model)
     if seed.fingerprint != manifest.seed_fingerprint:
         raise SeedMismatchError(f"{folder} was made from another seed than {manifest.seed_model!r} is here")
     seed.model.to(device_of(device))
-    experts = [load_adapter(folder / "experts" / name) for name in manifest.experts]
-    routers = routers_from(load_file(folder / _ROUTER))
-    model = UnifiedModel(seed, experts, manifest.lora, manifest.router, routers).eval().requires_grad_(False)
+    model = UnifiedModel(seed, weights.experts, manifest.lora, manifest.router, weights.routers).eval().requires_grad_(False)
     return Loaded(model, seed, manifest)
 
 

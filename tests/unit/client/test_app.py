@@ -89,7 +89,7 @@ def test_an_expert_is_trained_once_for_what_made_it(small: Settings, tmp_path: P
     routed = validated(small.model_dump() | {"router": small.router.model_dump() | {"context": 0.5}})
     trained = []
     train = answers.train_expert
-    monkeypatch.setattr(answers, "train_expert", lambda *a: trained.append(1) or train(*a))
+    monkeypatch.setattr(answers, "train_expert", lambda *a, **k: trained.append(1) or train(*a, **k))
     again = ask("expert", routed, tmp_path).content[ARRAYS]
     assert not trained
     assert all(first[name].data == again[name].data for name in first)
@@ -144,7 +144,7 @@ def test_sizes_do_not_tell_how_much_data_there_is(small: Settings, tmp_path: Pat
 def test_another_seed_or_public_set_is_refused_before_training(
     small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "train_expert", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(answers, "train_expert", lambda *_, **__: pytest.fail("trained"))
     assert code_of(ask("expert", small, tmp_path, seed="0" * 64)) == SeedMismatchError.exit_code
     assert code_of(ask("expert", small, tmp_path, public="0" * 64)) == PublicDataMismatchError.exit_code
 
@@ -156,7 +156,7 @@ def test_proxies_outside_the_public_set_are_refused(small: Settings, tmp_path: P
 
 
 def test_an_exceptions_text_stays_here(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("patient 4711")
 
     monkeypatch.setattr(answers, "train_expert", fail)

@@ -61,9 +61,9 @@ from metamoe.common.wire import (
 pytestmark = pytest.mark.usefixtures("identity")
 
 
-def request(settings: Settings, kind: Kind = "profile", run: str = "") -> RecordDict:
+def request(settings: Settings, kind: Kind = "profile", run: str = "", first_proxy: int = 0) -> RecordDict:
     seed = load_seed(settings.seed_model)
-    arrays = {"proxies": np.arange(settings.proxies.count)} if kind == "expert" else {}
+    arrays = {"proxies": first_proxy + np.arange(settings.proxies.count)} if kind == "expert" else {}
     envelope = Envelope(run=run or secrets.token_hex(16), message=secrets.token_hex(16))
     return encode_request(Request(settings, seed.fingerprint, public_fingerprint(settings.data), arrays, envelope))
 
@@ -254,10 +254,11 @@ def test_errors_carry_nothing(small: Settings, tmp_path: Path, app: Callable[[Me
 
 def test_an_artifact_leaves_once_in_a_run(small: Settings, tmp_path: Path) -> None:
     site, run = Site(0, tmp_path), secrets.token_hex(16)
-    audited("profile", request(small, run=run), site, lambda _: encode_reply(honest(small)))
+    audited("expert", request(small, "expert", run), site, lambda _: encode_reply(honest(small, "expert")))
+    other = request(small, "expert", run, first_proxy=1)
     with pytest.raises(PolicyError, match="released 1 times"):
-        audited("profile", request(small, run=run), site, lambda _: pytest.fail("computed"))
-    audited("profile", request(small), site, lambda _: encode_reply(honest(small)))
+        audited("expert", other, site, lambda _: pytest.fail("computed"))
+    audited("expert", request(small, "expert"), site, lambda _: encode_reply(honest(small, "expert")))
 
 
 @pytest.mark.parametrize(

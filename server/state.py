@@ -1,0 +1,207 @@
+"""What a run has so far, in its folder, so that it can be stopped at any moment and goes on where it was.
+
+::
+
+    server/journal.jsonl               what is finished, a line each, with the hash of the line and of what it names
+    server/replies/<kind>/<name>       what clients sent; experts lie in server/experts/<name> as PEFT adapters
+    proxies.json                       what was selected
+    server/training/                   the router's training as far as it is
+    model/                             the unified model
+
+A stage does what the journal does not name, or what is no longer as the journal says, and reads the rest.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from metamoe.common.arrays import arrays_hash, read_arrays, write_arrays
+from metamoe.common.config import Settings
+from metamoe.common.errors import RunFailedError, StateFileError
+from metamoe.common.files import write_atomically
+from metamoe.common.model.seed import Seed
+from metamoe.common.wire import Kind
+from metamoe.server.experts import store_expert, stored_arrays
+
+JOURNAL = "journal.jsonl"
+FORMAT = 1
+_HASH_DIGITS = 16
+
+
+class RunState:
+    """The state of one run.
+
+    Args:
+        out: the run folder.
+        settings, seed: the run's.
+        about: hashes by what they are of, which a run keeps from its beginning to its end.
+
+    Raises:
+        StateFileError: the folder holds a run of other settings, seed, public set or version, or its journal has no beginning.
+    """
+
+    def __init__(self, out: Path, settings: Settings, seed: Seed, about: Mapping[str, str]) -> None:
+        self._out, self._settings, self._seed = out, settings, seed
+        self._file = out / "server" / JOURNAL
+        self._lines = read_journal(out)
+        terms = {"format": FORMAT, "version": version("metamoe-fl"), **about}
+        if not self._lines:
+            self.note("run", run=secrets.token_hex(16), **terms)
+        for what, value in terms.items():
+            if (begun := self._lines[0].get(what)) != value:
+                raise StateFileError(
+                    f"the run in {out} began with {what} {str(begun)[:12]}, and this is {str(value)[:12]}: go on with what it "
+                    "began with, or begin another run in another folder"
+                )
+        # Of a line that was cut short or changed, and of all after it, nothing is believed and nothing is left.
+        whole = b"".join(map(_line, self._lines))
+        if self._file.read_bytes() != whole:
+            write_atomically(self._file, whole)
+
+    @property
+    def run(self) -> str:
+        """The run's name in all ledgers, from its beginning to its end."""
+        return str(self._lines[0]["run"])
+
+    def note(self, what: str, **fields: Any) -> None:
+        """Add a line to the journal; when this returns it is on disk."""
+        line = {"what": what, **fields}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab") as file:
+            file.write(_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines.append(line)
+
+    def notes(self, what: str) -> list[dict[str, Any]]:
+        """The journal's lines of one sort, in their order."""
+        return [line for line in self._lines if line["what"] == what]
+
+    def finished(self, what: str, file: Path, **fields: Any) -> None:
+        """Note that a stage has come to an end, with the file that it wrote."""
+        self.note(what, file=file.relative_to(self._out).as_posix(), sha256=_file_hash(file), **fields)
+
+    def holds(self, what: str, file: Path) -> bool:
+        """Whether a stage has come to an end and the file that it wrote is as it was."""
+        notes = self.notes(what)
+        return bool(notes) and file.is_file() and notes[-1]["sha256"] == _file_hash(file)
+
+    def keep(self, kind: Kind, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write down what a client sent; when this returns it is on disk."""
+        if kind == "expert":
+            store_expert(self.expert_folder(name), self._seed, self._settings.lora, dict(arrays))
+        else:
+            write_arrays(self._reply_file(kind, name), arrays)
+        self.note("reply", kind=kind, name=name, sha256=arrays_hash(arrays))
+
+    def reply(self, kind: Kind, name: str) -> dict[str, np.ndarray] | None:
+        """What a client sent; None if it has not, or if it is no longer as it was."""
+        hashes = [line["sha256"] for line in self.notes("reply") if (line["kind"], line["name"]) == (kind, name)]
+        if not hashes:
+            return None
+        try:
+            arrays = (
+                stored_arrays(self.expert_folder(name)) if kind == "expert" else read_arrays(self._reply_file(kind, name))[0]
+            )
+        except (StateFileError, OSError, SafetensorError):
+            return None
+        return arrays if arrays_hash(arrays) == hashes[-1] else None
+
+    def expert_folder(self, name: str) -> Path:
+        """Where a client's expert lies."""
+        return self._out / "server" / "experts" / name
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Note how long the block took, if it comes to its end: seconds on the clock, and of this process on any core."""
+        begun = clocks()
+        yield
+        self.took(stage, begun)
+
+    def took(self, stage: str, begun: tuple[float, float]) -> None:
+        """Note how long a stage took, by what :func:`clocks` said at its beginning."""
+        wall, cpu = clocks()
+        self.note("time", stage=stage, wall=wall - begun[0], cpu=cpu - begun[1])
+
+    def times(self, which: str) -> dict[str, float]:
+        """Seconds (``wall`` or ``cpu``) of each stage, all sittings together."""
+        total: dict[str, float] = {}
+        for line in self.notes("time"):
+            total[line["stage"]] = total.get(line["stage"], 0.0) + line[which]
+        return {stage: round(seconds, 3) for stage, seconds in total.items()}
+
+    def _reply_file(self, kind: Kind, name: str) -> Path:
+        return self._out / "server" / "replies" / kind / f"{name}.safetensors"
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds on the clock, and of this process on any core."""
+    return time.monotonic(), time.process_time()
+
+
+def read_journal(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's journal, up to the first that is not whole; none where there is no journal.
+
+    Raises:
+        StateFileError: the journal cannot be read, or its first line is not whole.
+    """
+    file = out / "server" / JOURNAL
+    try:
+        raw = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    except OSError as error:
+        raise StateFileError(f"{file} cannot be read: {error}") from error
+    lines = []
+    for line in raw:
+        digest, _, text = line.partition(b" ")
+        if _text_hash(text) != digest.decode(errors="replace"):
+            break
+        lines.append(json.loads(text))
+    if raw and not lines:
+        raise StateFileError(f"{file} is damaged at its beginning, so the run cannot go on; begin another one")
+    return lines
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Let no other process work on the same run while the block runs.
+
+    Raises:
+        RunFailedError: one does.
+        StateFileError: the folder cannot be written.
+    """
+    try:
+        (out / "server").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / "server" / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFailedError(f"another process works on the run in {out}; wait for it, or end it") from error
+    except OSError as error:
+        raise StateFileError(f"the run folder {out} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    text = json.dumps(values, sort_keys=True).encode()
+    return f"{_text_hash(text)} ".encode() + text + b"\n"
+
+
+def _text_hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:_HASH_DIGITS]
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
