@@ -3,18 +3,22 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Event:
-    """``done`` of ``total`` steps of ``stage``, at the server or (in its own folder) at a client."""
+    """``done`` of ``total`` steps of ``stage``, at the server or (in its own folder) at a client.
+
+    ``client`` is the one that the server has just heard from, and ``time`` when the event was written, in seconds since 1970.
+    """
 
     stage: str
     done: int
     total: int
     client: str = ""
+    time: float = field(default=0.0, compare=False)
 
 
 class EventLog:
@@ -26,7 +30,7 @@ class EventLog:
 
     def __call__(self, stage: str, done: int, total: int, client: str = "") -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps({"time": time.time(), **asdict(Event(stage, done, total, client))}) + "\n")
+            file.write(json.dumps(asdict(Event(stage, done, total, client, time.time()))) + "\n")
 
 
 def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
@@ -40,4 +44,4 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             start += len(line)
             values = json.loads(line)
-            yield Event(values["stage"], values["done"], values["total"], values["client"]), start
+            yield Event(values["stage"], values["done"], values["total"], values["client"], values["time"]), start

@@ -1,7 +1,8 @@
 """Settings from presets, files and overrides, each error with what was given and what is allowed."""
 
+import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,31 +36,66 @@ def preset_text(preset: str) -> str:
     raise PresetNotFoundError(f"preset {preset!r}: no such file, and the built-in presets are {', '.join(preset_names())}")
 
 
-def load_settings(preset: str, overrides: Iterable[str] = ()) -> Settings:
-    """Settings from a preset (name or TOML file) and overrides such as ``"router.top-k=2"``.
+def load_settings(preset: str, overrides: Iterable[str] = (), values: Mapping[str, object] | None = None) -> Settings:
+    """Settings from a preset (name or TOML file), overrides such as ``"router.top-k=2"``, and after them values.
+
+    Args:
+        preset: name or file.
+        overrides: as a command line has them.
+        values: as Python has them, see :func:`by_name`.
 
     Raises:
         PresetNotFoundError, UnknownSettingError, InvalidSettingError, ProxyCountError: with what was given and what is
             allowed.
     """
     try:
-        values = tomllib.loads(preset_text(preset))
+        found = tomllib.loads(preset_text(preset))
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettingError(f"preset {preset!r} is not valid TOML: {error}") from error
-    return _overridden(values, overrides)
+    return _overridden(found, [*map(_parsed, overrides), *by_name(values or {}).items()])
 
 
 def changed(settings: Settings, overrides: Iterable[str]) -> Settings:
     """Settings with overrides as :func:`load_settings` takes them, and its errors."""
-    return _overridden(settings.model_dump(mode="json", by_alias=True), overrides)
+    return _overridden(settings.model_dump(mode="json", by_alias=True), map(_parsed, overrides))
 
 
-def _overridden(values: dict[str, Any], overrides: Iterable[str]) -> Settings:
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise InvalidSettingError(f"setting {override!r} is not of the form key=value, for example router.top-k=2")
-        _put(values, key.strip().split("."), _scalar(text.strip()), override)
+def by_name(values: Mapping[str, object]) -> dict[str, object]:
+    """Settings given in Python, each under its whole name: ``{"router.top-k": 2}``, which can also be given as
+    ``{"router": {"top_k": 2}}``. A path is its text.
+    """
+    return dict(_leaves("", values))
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The same settings, with all paths as seen from anywhere: a run's processes work in other folders."""
+    if Path(settings.seed_model).exists() and settings.seed_model != "glyphs":
+        settings = settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
+    if settings.data.folder:
+        folder = str(Path(settings.data.folder).absolute())
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"folder": folder})})
+    return settings
+
+
+def _leaves(group: str, values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        name = group + str(key).replace("_", "-")
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{name}.", value)
+        else:
+            yield name, os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _parsed(override: str) -> tuple[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InvalidSettingError(f"setting {override!r} is not of the form key=value, for example router.top-k=2")
+    return key.strip(), _scalar(text.strip())
+
+
+def _overridden(values: dict[str, Any], overrides: Iterable[tuple[str, Any]]) -> Settings:
+    for name, value in overrides:
+        _put(values, name, value)
     return validated(values)
 
 
@@ -83,12 +119,13 @@ def to_toml(settings: Settings) -> str:
     return tomli_w.dumps(settings.model_dump(mode="json", by_alias=True))
 
 
-def _put(values: dict[str, Any], path: list[str], value: Any, override: str) -> None:
-    for part in path[:-1]:
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *groups, last = name.split(".")
+    for part in groups:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise UnknownSettingError(f"unknown setting {override.partition('=')[0]!r}: {part!r} is not a group of settings")
-    values[path[-1]] = value
+            raise UnknownSettingError(f"unknown setting {name!r}: {part!r} is not a group of settings")
+    values[last] = value
 
 
 def _scalar(text: str) -> Any:

@@ -14,8 +14,8 @@ from rich.table import Column, Table
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
+from metamoe.audit.verification import verify as verified
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
-from metamoe.common.audit.keys import read_public
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
 from metamoe.common.audit.reconcile import reconcile, unclaimed
 from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
@@ -89,11 +89,10 @@ def verify(
     """Check ledgers by themselves, offline: every line, hash and signature, the Merkle root of each run, the server's receipts,
     and that nothing was sent that the policy does not allow.
     """
-    own, server = (read_public(file) if file else None for file in (key, server_key))
-    checked = [ledger for place in places for ledger in _check(place, own, server)]
-    if own is None:
+    found = [verified(place, key, server_key) for place in places]
+    if key is None:
         console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
-    _show(checked, [finding for ledger in checked for finding in ledger.findings])
+    _show([ledger for each in found for ledger in each.ledgers], [finding for each in found for finding in each.findings])
 
 
 @audit.command("reconcile")
@@ -284,11 +283,6 @@ def schema(
     """Print a JSON Schema."""
     models: dict[Described, type[BaseModel]] = {Described.LINE: Line, Described.HEAD: Head, Described.POLICY: Policy}
     console.print_json(data=json_schema(models[of]))
-
-
-def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
-    with ledgers_at(place) as found:
-        return [check_ledger(folder, key, None if folder == found.server else server) for folder in found.all]
 
 
 def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:

@@ -1,13 +1,13 @@
 """The commands that compare methods."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.options import DataDir, Preset, Set, console, settings_of
 
 
@@ -36,41 +36,26 @@ def benchmark(
     out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
-    from metamoe.simulations.benchmark.methods import chosen
-    from metamoe.simulations.benchmark.report import write_report
-    from metamoe.simulations.benchmark.run import Plan, run_benchmark
-    from metamoe.simulations.benchmark.tables import method_header, method_rows
+    from metamoe.comparison import check_names, run_comparison
+    from metamoe.simulations.benchmark.report import REPORT
+    from metamoe.simulations.benchmark.tables import REFERENCE, method_header, method_rows
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
-    for override in set_ or []:
-        if override.partition("=")[0].strip() in ("seed", "compute.server-threads", "report-accuracy"):
-            raise InvalidSettingError(f"--set {override}: a benchmark decides this itself; its seeds are given by --seeds")
-    names, groups = _split(methods), _split(ablation)
-    # With ablations alone there is still something to compare them with.
-    names = names or (["metamoe"] if groups else ["all"])
+    check_names(override.partition("=")[0].strip() for override in set_ or [])
     settings = settings_of(preset, set_, data_dir)
-    wanted = chosen(settings, names, groups)
-    _check_benchmark_folder(folder)
-    plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder)
-    console.print(f"preset {preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=3_600) as progress:
-        task = progress.add_task("preparing", total=None)
-
-        def show(done: int, total: int, last: str) -> None:
-            progress.update(task, completed=done, total=total, description=last)
-
-        results = run_benchmark(plan, show)
-    report_file = write_report(folder)
+    command = shlex.join(["metamoe", *sys.argv[1:]])
+    results = run_comparison(settings, _split(methods), _split(ablation), seeds, folder, command, console)
     for records in (results.methods, results.ablations):
         if records:
             # Without the test sets, of which there can be many: they are in the report.
             name, *_, average, better, public, _ = method_header(records)
             table = Table(Column(name, no_wrap=True), average, better, public)
-            for method, *_, average, better, public, _ in method_rows(records, results.methods.get("metamoe")):
+            for method, *_, average, better, public, _ in method_rows(records, results.methods.get(REFERENCE)):
                 table.add_row(method, average, better, public)
             console.print(table)
-    console.print(f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {report_file}", soft_wrap=True)
+    console.print(
+        f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / REPORT}", soft_wrap=True
+    )
 
 
 def report(
@@ -80,15 +65,6 @@ def report(
     from metamoe.simulations.benchmark.report import write_report
 
     console.print(f"report: {write_report(folder)}", soft_wrap=True)
-
-
-def _check_benchmark_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputFileError(f"--out {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "outcomes").is_dir():
-        raise InvalidSettingError(
-            f"--out {folder} is not empty and not a benchmark's, as it has no outcomes; give another folder"
-        )
 
 
 def _split(values: list[str] | None) -> list[str]:

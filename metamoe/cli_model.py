@@ -25,11 +25,11 @@ def predict(
 ) -> None:
     """Name the most likely classes of images, and show which experts their tokens went to."""
     from metamoe.common.model.artifact import load_model
-    from metamoe.predict import predict_images, read_class_names
+    from metamoe.predict import class_texts, predict_images, read_class_names
 
     loaded = load_model(model)
     names = read_class_names(classes) if classes else loaded.manifest.classes
-    for prediction in predict_images(loaded, images, names, top):
+    for prediction in predict_images(loaded, images, names, class_texts(loaded, names), top):
         console.print(str(prediction.image), style="bold", markup=False, highlight=False, soft_wrap=True)
         for name, probability in prediction.classes:
             console.print(f"  {probability:6.1%}  {name}", markup=False, soft_wrap=True)

@@ -1,9 +1,5 @@
 """The commands that run a federation on this machine."""
 
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from enum import StrEnum
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -11,32 +7,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from metamoe.common.config import Settings
-from metamoe.common.errors import InputFileError, InvalidSettingError
-from metamoe.common.files import write_atomically
-from metamoe.common.presets import to_toml
 from metamoe.options import DataDir, Preset, Set, console, settings_of
-from metamoe.simulations.prepare import prepare
-
-_RUN = (
-    "settings.toml",
-    "proxies.json",
-    "events.jsonl",
-    "results.json",
-    "report.md",
-    "model",
-    "server",
-    "clients",
-    "flower",
-    "audit",
-)
-
-
-class Backend(StrEnum):
-    """Where the clients of a simulation run."""
-
-    ray = "ray"
-    local = "local"
+from metamoe.simulation import Backend, run_simulation
 
 
 def simulate(
@@ -57,41 +29,7 @@ def simulate(
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = settings_of(preset, overrides, data_dir)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
-    _check_folder(folder, overwrite)
-    console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
-    with console.status("preparing data"):
-        _prepare(settings, backend)
-    # Only now, when nothing more can be found wrong at once, does an earlier run go.
-    _clear_folder(folder)
-    write_atomically(folder / "settings.toml", to_toml(settings))
-    _simulate(settings, folder, backend)
-
-
-def _prepare(settings: Settings, backend: Backend) -> None:
-    if backend is Backend.local:
-        prepare(settings)
-        return
-    # In a process of its own: the run's processes get the memory back.
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(prepare, settings).result()
-
-
-def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
-    # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
-    from metamoe.progress import live
-
-    with live(settings, folder, console) as board:
-        if backend is Backend.ray:
-            from metamoe.simulations.flower import run_flower
-
-            run_flower(settings, folder)
-        else:
-            from metamoe.simulations.local import run_local
-
-            run_local(settings, folder)
-        from metamoe.simulations.results import write_results
-
-        results = write_results(settings, folder, board.evaluation)
+    results = run_simulation(settings, folder, backend, overwrite, console)
     table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
     table.add_column("method")
     columns = [*results["routing"], "average"]
@@ -121,26 +59,3 @@ def embed(
         task = progress.add_task("embedding", total=None)
         file = embed_public(settings, ray_address, lambda done, total: progress.update(task, completed=done, total=total))
     console.print(f"embeddings: {file}", soft_wrap=True)
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise unless the folder can take a run: it is new or empty, or holds a run that may go, and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise InputFileError(f"--out {folder} is a file; give a folder")
-    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if present and not overwrite:
-        raise InvalidSettingError(f"--out {folder} is not empty; give another folder, or --overwrite to replace the run in it")
-    if present and "settings.toml" not in present:
-        raise InvalidSettingError(f"--out {folder} is not empty and not a run, as it has no settings.toml; give another folder")
-    # A write that was killed leaves a name of this form.
-    if others := sorted(n for n in present - set(_RUN) if not n.startswith(tuple(f".{part}-" for part in _RUN))):
-        raise InvalidSettingError(f"--out {folder} holds {others[0]!r}, which is not part of a run; give another folder")
-
-
-def _clear_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    except OSError as error:
-        raise InputFileError(f"--out {folder} cannot be used: {error}") from error

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from metamoe.common.config import Settings
-from metamoe.common.presets import load_settings
+from metamoe.common.presets import load_settings, with_absolute_paths
 
 console = Console()
 errors = Console(stderr=True)
@@ -24,12 +24,6 @@ DataDir = Annotated[
 
 
 def settings_of(preset: str, overrides: Sequence[str] | None, data_dir: Path | None = None) -> Settings:
-    """The settings that a command was given, with all paths as seen from anywhere: a run's processes work in other folders."""
+    """The settings that a command was given."""
     of_folder = [f"data.folder={data_dir}"] if data_dir is not None else []
-    settings = load_settings(preset, [*(overrides or []), *of_folder])
-    if Path(settings.seed_model).exists() and settings.seed_model != "glyphs":
-        settings = settings.model_copy(update={"seed_model": str(Path(settings.seed_model).absolute())})
-    if settings.data.folder:
-        folder = str(Path(settings.data.folder).absolute())
-        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"folder": folder})})
-    return settings
+    return with_absolute_paths(load_settings(preset, [*(overrides or []), *of_folder]))

@@ -1,55 +1,88 @@
-"""Asking a unified model about image files."""
+"""Asking a unified model about images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from metamoe.common.data.tasks import pixel_values
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.batch import class_logits, text_features
 
+ImageInput = str | PathLike[str] | Image.Image
+"""An image file, or an image."""
+
 
 @dataclass(frozen=True)
 class Prediction:
     """The most likely classes of an image with their probabilities, and each expert's share of its tokens, largest first."""
 
-    image: Path
+    image: ImageInput
     classes: list[tuple[str, float]]
     experts: list[tuple[str, float]]
 
 
+def class_texts(loaded: Loaded, names: Sequence[str]) -> Tensor:
+    """What images are compared with to choose among classes: the unit text features of their names. float32 [C, p].
+
+    Raises:
+        InputFileError: the model is one of text, or there is no name.
+    """
+    if not loaded.seed.is_image_model:
+        raise InputFileError("this model is one of text; ask it with 'metamoe generate'")
+    if not names:
+        raise InputFileError("there is no class to choose among; give the names of some")
+    return text_features(loaded.seed, names, loaded.manifest.prompt)
+
+
 @torch.inference_mode()
-def predict_images(loaded: Loaded, images: Sequence[Path], names: Sequence[str], top: int) -> Iterator[Prediction]:
-    """Predictions for image files, one at a time.
+def predict_images(
+    loaded: Loaded, images: Iterable[ImageInput], names: Sequence[str], texts: Tensor, top: int
+) -> Iterator[Prediction]:
+    """Predictions for images, one at a time.
+
+    Args:
+        loaded: the model.
+        images: files, or images.
+        names: of the C classes to choose among.
+        texts: their features, see :func:`class_texts`.
+        top: how many classes to name.
 
     Raises:
         InputFileError: a file is not a readable image.
     """
-    texts = text_features(loaded.seed, names, loaded.manifest.prompt)
     experts = loaded.manifest.expert_names
-    for path in images:
-        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(path)]))
+    for image in images:
+        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(image)]))
         probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
         shares = torch.bincount(chosen, minlength=len(experts)) / len(chosen)
         yield Prediction(
-            path,
+            image,
             [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
             sorted(zip(experts, shares.tolist(), strict=True), key=lambda pair: -pair[1]),
         )
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(image: ImageInput) -> Image.Image:
+    """An image in mode RGB.
+
+    Raises:
+        InputFileError: it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
+        if isinstance(image, Image.Image):
             return image.convert("RGB")
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise InputFileError(f"{path} cannot be read as an image: {error}") from error
+        raise InputFileError(f"{image} cannot be read as an image: {error}") from error
 
 
 def read_class_names(path: Path) -> list[str]:

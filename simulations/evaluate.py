@@ -14,7 +14,7 @@ from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, held_out_public
 from metamoe.common.data.tasks import Samples, class_names, samples_of
 from metamoe.common.model.batch import Batch, Scores
-from metamoe.common.model.inputs import Tokens, encode, masked_mean
+from metamoe.common.model.inputs import Inputs, Tokens, encode, masked_mean
 from metamoe.common.model.lora import Expert
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.seed import load_seed
@@ -93,13 +93,17 @@ def routed_ensemble(members: Sequence[Scores], decide: Callable[[Batch], Tensor]
 
 
 def sample_decision(model: UnifiedModel, batch: Batch) -> Tensor:
-    """The router's pi for whole samples: the mean over an image's tokens, or those of a prompt, in the lowest layer that
-    decides. float32 [B, K].
-    """
+    """The router's pi for whole samples in the lowest layer that decides, see :func:`mean_decision`. float32 [B, K]."""
     _, decisions = model(batch.inputs)
-    shared = decisions[0].shape[1] == 1
-    mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) and not shared else None
-    return masked_mean(decisions[0].exp(), mask).float().cpu()
+    return mean_decision(decisions[0], batch.inputs)
+
+
+def mean_decision(decision: Tensor, inputs: Inputs) -> Tensor:
+    """pi of whole samples: the mean over an image's tokens, or those of a prompt, of what one layer decided, log pi [B, T, K].
+    float32 [B, K].
+    """
+    mask = inputs.prompt if isinstance(inputs, Tokens) and decision.shape[1] > 1 else None
+    return masked_mean(decision.exp(), mask).float().cpu()
 
 
 def soup(experts: Sequence[Expert], lora: config.Lora) -> tuple[Expert, config.Lora]:

@@ -1,7 +1,13 @@
 """Before a simulation: everything that can be found missing or empty is found now, not after minutes."""
 
+import json
+import subprocess
+import sys
+
 from metamoe.common.config import Settings
-from metamoe.common.errors import InvalidSettingError
+from metamoe.common.errors import InvalidSettingError, MetaMoEError, RunFailedError, by_code
+
+_APART = (sys.executable, "-P", "-m", "metamoe.simulations.prepare")
 
 
 def prepare(settings: Settings) -> None:
@@ -22,3 +28,36 @@ def prepare(settings: Settings) -> None:
         load_private(settings, client, "train")
     for domain in settings.data.domains:
         load_domain(settings.data, domain, "test")
+
+
+def prepare_apart(settings: Settings) -> None:
+    """The same in a process of its own, whose memory a run's processes get.
+
+    It is not one of multiprocessing's, which would import a caller's script again.
+
+    Raises:
+        MetaMoEError: what was found there, of the kind it had there.
+        RunFailedError: the process ended otherwise.
+    """
+    done = subprocess.run(
+        _APART, input=settings.model_dump_json(), stdout=subprocess.PIPE, text=True, start_new_session=True, check=False
+    )
+    if done.returncode == 0:
+        return
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        raise RunFailedError(f"the process that prepares the data ended with {done.returncode}; it said why above") from None
+    raise by_code(found["code"])(found["message"])
+
+
+def _main() -> None:
+    try:
+        prepare(Settings.model_validate_json(sys.stdin.read()))
+    except MetaMoEError as error:
+        sys.stdout.write(f"\n{json.dumps({'code': error.exit_code, 'message': str(error)})}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    _main()

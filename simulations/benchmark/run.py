@@ -1,11 +1,10 @@
 """Methods times seeds, into one table: every part is done once, in two processes at a time, and a stopped benchmark goes on."""
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -17,7 +16,7 @@ import numpy as np
 from metamoe.common.compute import threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
-from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError
+from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.presets import changed, to_toml
 from metamoe.server.proxies import check_pool
@@ -32,12 +31,13 @@ PARALLEL = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a benchmark runs: settings, methods, seeds, and where results go."""
+    """What a benchmark runs: settings, methods, seeds, where results go, and the command or call that asks for it."""
 
     base: Settings
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     out: Path
+    command: str = ""
 
     def settings(self, method: Method | None, seed: int) -> Settings:
         """The settings of one method with one seed. One thread each, as several run at a time."""
@@ -57,7 +57,22 @@ def run_benchmark(plan: Plan, progress: Callable[[int, int, str], None]) -> Resu
     Args:
         plan: what to run. The results show everything of its preset that is done for its seeds, by earlier calls too.
         progress: called with parts done, parts in all, and what has just been done.
+
+    Raises:
+        InvalidSettingError: a method does not go with the preset.
+        RunFailedError: a process of the benchmark died.
+        MetaMoEError: what stops a part.
     """
+    try:
+        return _run(plan, progress)
+    except BrokenProcessPool as error:
+        raise RunFailedError(
+            "a process of the benchmark died: it ran out of memory, or, in a Python script, the call is not under "
+            "'if __name__ == \"__main__\":', without which every process starts the script again"
+        ) from error
+
+
+def _run(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
     _prepare(plan)
     parts = [(method, seed) for method in plan.methods for seed in plan.seeds]
     missing = [part for part in parts if not plan.file(*part).is_file()]
@@ -103,7 +118,7 @@ def collect(plan: Plan) -> Results:
     first = next((outcomes[0] for method, outcomes in main if method.name == REFERENCE), None)
     return Results(
         format=FORMAT,
-        command=shlex.join(["metamoe", *sys.argv[1:]]),
+        command=plan.command,
         date=date.today().isoformat(),
         version=version("metamoe-fl"),
         part_seconds=round(sum(outcome.seconds for _, outcomes in [*main, *extra] for outcome in outcomes), 1),

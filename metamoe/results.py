@@ -1,0 +1,41 @@
+"""What a run came to, as objects: the form of its results.json."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from metamoe.simulations.benchmark.tables import Sent
+
+
+class _Part(BaseModel):
+    # What a later version adds is left out, so that its runs can be read.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ClientTransfer(_Part):
+    """What one client sent and received."""
+
+    name: str
+    bytes_up: int = Field(description="bytes of the arrays that it sent")
+    bytes_down: int = Field(description="bytes of the arrays that it received")
+    artifacts: list[Sent] = Field(description="every array that it sent")
+
+
+class MissingClient(_Part):
+    """A client that the run went on without."""
+
+    name: str
+    stage: str = Field(description="in which it dropped out")
+    reason: str
+
+
+class RunResults(_Part):
+    """Accuracies in percent, shares from 0 to 1, times in seconds."""
+
+    preset: str
+    seed: int
+    model: str = Field(description="hash of the unified model")
+    accuracy: dict[str, dict[str, float]] = Field(description="of each method on each domain, and its average over them, %")
+    public_accuracy: dict[str, float] = Field(description="of each method on the held-out public samples, %")
+    routing: dict[str, dict[str, float]] = Field(description="of each domain's tokens the share that went to each expert")
+    clients: list[ClientTransfer]
+    missing: list[MissingClient]
+    timings: dict[str, float] = Field(description="of each stage at the server, seconds")

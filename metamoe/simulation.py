@@ -1,0 +1,108 @@
+"""One simulation, for the command and for Python: its folder, its data, the run, its results."""
+
+import shutil
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metamoe.common.config import Settings
+from metamoe.common.errors import InputFileError, InvalidSettingError
+from metamoe.common.files import write_atomically
+from metamoe.common.presets import to_toml
+from metamoe.simulations.prepare import prepare, prepare_apart
+
+_RUN = (
+    "settings.toml",
+    "proxies.json",
+    "events.jsonl",
+    "results.json",
+    "report.md",
+    "model",
+    "server",
+    "clients",
+    "flower",
+    "audit",
+)
+
+
+class Backend(StrEnum):
+    """Where the clients of a simulation run."""
+
+    ray = "ray"
+    local = "local"
+
+
+def run_simulation(
+    settings: Settings, folder: Path, backend: Backend, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run a federation on this machine, from data to results.
+
+    Args:
+        settings: of the run, with absolute paths.
+        folder: the run folder, absolute; an earlier run in it is kept until nothing can be found wrong at once.
+        backend: where the clients run.
+        overwrite: whether an earlier run in the folder may go.
+        console: where to show progress; None for nowhere.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        InputFileError, InvalidSettingError: the folder cannot take a run.
+        MetaMoEError: what :func:`prepare` finds, and what stops the run.
+    """
+    _check_folder(folder, overwrite)
+    if console:
+        console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
+    with console.status("preparing data") if console else nullcontext():
+        prepare(settings) if backend is Backend.local else prepare_apart(settings)
+    # Only now, when nothing more can be found wrong at once, does an earlier run go.
+    _clear_folder(folder)
+    write_atomically(folder / "settings.toml", to_toml(settings))
+    return _run(settings, folder, backend, console)
+
+
+def _run(settings: Settings, folder: Path, backend: Backend, console: Console | None) -> dict[str, Any]:
+    # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
+    from metamoe.progress import live
+
+    with live(settings, folder, console) if console else nullcontext() as board:
+        if backend is Backend.ray:
+            from metamoe.simulations.flower import run_flower
+
+            run_flower(settings, folder)
+        else:
+            from metamoe.simulations.local import run_local
+
+            run_local(settings, folder)
+        from metamoe.simulations.results import write_results
+
+        return write_results(settings, folder, board.evaluation if board else lambda _done, _total: None)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise unless the folder can take a run: it is new or empty, or holds a run that may go, and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise InputFileError(f"out = {folder} is a file; give a folder")
+    present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if present and not overwrite:
+        raise InvalidSettingError(
+            f"out = {folder} is not empty; give another folder, or replace the run in it: --overwrite, in Python overwrite=True"
+        )
+    if present and "settings.toml" not in present:
+        raise InvalidSettingError(f"out = {folder} is not empty and not a run, as it has no settings.toml; give another folder")
+    # A write that was killed leaves a name of this form.
+    if others := sorted(n for n in present - set(_RUN) if not n.startswith(tuple(f".{part}-" for part in _RUN))):
+        raise InvalidSettingError(f"out = {folder} holds {others[0]!r}, which is not part of a run; give another folder")
+
+
+def _clear_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except OSError as error:
+        raise InputFileError(f"out = {folder} cannot be used: {error}") from error
