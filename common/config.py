@@ -270,7 +270,9 @@ class Compute(Section):
     connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
     rejoin_timeout: NonNegative = Field(
-        0.0, description="seconds to wait for a client that dropped out to come back, before it is missing"
+        600.0,
+        description="seconds to wait for a client that dropped out to come back, before it is missing; one whose process ended "
+        "is asked again, three times at most; 0 is neither",
     )
 
 

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+
+from metamoe.common.errors import RunFailedError, StateFileError
 
 
 def cache_folder() -> Path:
@@ -61,6 +64,28 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other process work in a folder while the block runs.
+
+    Raises:
+        RunFailedError: one does.
+        StateFileError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFailedError(f"another process works in {folder}; wait for it, or end it") from error
+    except OSError as error:
+        raise StateFileError(f"the folder {folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _beside(path: Path) -> Path:

@@ -22,6 +22,7 @@ _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15
 _START_SECONDS = 60
 _STOP_SECONDS = 15
+_RUN_ID = "flower-run"
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -48,7 +49,7 @@ CLIENT_APP = "metamoe.client.app:app"
 def run(
     home: Path, connection: str, out: Path, *options: str, audit_keys: Path | None = None, client_app: str = CLIENT_APP
 ) -> None:
-    """Submit the app and follow the run to its end.
+    """Submit the app, so that it goes on with whatever run is in the folder, and follow it to its end.
 
     Args:
         home: Flower's own files; the connection is written there.
@@ -62,13 +63,49 @@ def run(
         MetaMoEError: what stopped the server's side, of the kind it had there.
         RunFailedError: Flower itself failed.
     """
-    error = out / "server" / "error.json"
-    config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))}"
+    # What ended it before is not what may end it now.
+    (out / "server" / "error.json").unlink(missing_ok=True)
+    config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))} resume=true"
     config += f" audit-keys={json.dumps(str(audit_keys))}" if audit_keys else ""
     submitted = flwr(
         home, "run", str(_write_app(home / "metamoe-app", client_app)), connection, "--run-config", config, *options
     )
-    status = _finished(home, connection, submitted["run-id"], (error, out / "server" / "summary.json"))
+    write_atomically(out / "server" / _RUN_ID, str(submitted["run-id"]))
+    follow(home, connection, out)
+
+
+def goes_on(home: Path, connection: str, out: Path) -> bool:
+    """Whether Flower says that its run for this run folder is going on.
+
+    Raises:
+        RunFailedError: Flower does not answer.
+    """
+    file = out / "server" / _RUN_ID
+    if not file.is_file():
+        return False
+    runs = flwr(home, "list", connection)["runs"]
+    return any(str(run["run-id"]) == file.read_text() and not run["status"].startswith("finished") for run in runs)
+
+
+def end(home: Path, connection: str, out: Path) -> None:
+    """End the Flower run for this run folder.
+
+    Raises:
+        RunFailedError: Flower does not.
+    """
+    flwr(home, "stop", (out / "server" / _RUN_ID).read_text(), connection)
+
+
+def follow(home: Path, connection: str, out: Path) -> None:
+    """Follow the Flower run for this run folder to its end.
+
+    Raises:
+        MetaMoEError: what stopped the server's side, of the kind it had there.
+        RunFailedError: Flower itself failed.
+    """
+    error = out / "server" / "error.json"
+    run_id = (out / "server" / _RUN_ID).read_text()
+    status = _finished(home, connection, run_id, (error, out / "server" / "summary.json"))
     if error.is_file():
         values = json.loads(error.read_text())
         raise by_code(values["code"])(values["message"])
@@ -129,6 +166,16 @@ def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise RunFailedError(f"Flower did not start to listen on port {port}; its log is {log}")
 
 
+def left_running(home: Path) -> list[int]:
+    """Processes that were started with their Flower files in ``home``, by whoever: those of a command that was killed too."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(home) and process.pid != os.getpid():
+                found.append(process.pid)
+    return found
+
+
 def stop(pids: Sequence[int]) -> None:
     """End processes and everything below them, Ray's too: first asked, then killed."""
     family = []
@@ -154,7 +201,7 @@ def _write_app(folder: Path, client_app: str) -> Path:
                 "app": {
                     "publisher": "metamoe",
                     "components": {"serverapp": "metamoe.server.app:app", "clientapp": client_app},
-                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": ""},
+                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": "", "resume": False},
                 }
             }
         },

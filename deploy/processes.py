@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError, first_problem
-from metamoe.common.files import write_atomically, write_json
+from metamoe.common.files import alone, write_atomically, write_json
 from metamoe.deploy import flower
 from metamoe.deploy.certificates import certificate_problems
 from metamoe.deploy.keys import Federation, read_federation
@@ -167,7 +167,8 @@ def with_names(folder: Path, text: str) -> str:
 
 
 def submit(folder: Path, settings: Settings, out: Path) -> None:
-    """Run the stages over a federation that is up; ``out/settings.toml`` must be there.
+    """Run the stages over a federation that is up; ``out/settings.toml`` must be there. A run that stopped there goes on, and
+    one that has not is followed.
 
     Raises:
         InvalidSettingError: the settings are for another number of clients.
@@ -178,10 +179,27 @@ def submit(folder: Path, settings: Settings, out: Path) -> None:
         raise InvalidSettingError(
             f"clients = {settings.clients}, but the federation in {folder} has {federation.clients}; set clients to that"
         )
+    home = _connected(folder)
+    going_on = flower.goes_on(home, CONNECTION, out)
     try:
-        flower.run(_connected(folder), CONNECTION, out, audit_keys=folder / _SERVER)
+        if going_on and _worked_on(out):
+            flower.follow(home, CONNECTION, out)
+            return
+        if going_on:
+            # Flower takes it for running, but the process that did is gone.
+            flower.end(home, CONNECTION, out)
+        flower.run(home, CONNECTION, out, audit_keys=folder / _SERVER)
     except MetaMoEError as error:
         raise type(error)(with_names(folder, str(error))) from error
+
+
+def _worked_on(out: Path) -> bool:
+    """Whether a server's process works on the run in this folder."""
+    try:
+        with alone(out / "server"):
+            return False
+    except RunFailedError:
+        return True
 
 
 def _start_server(folder: Path, federation: Federation, running: Running) -> None:

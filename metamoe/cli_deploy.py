@@ -101,14 +101,46 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty. (default: FOLDER/runs/TIME)")] = None,
 ) -> None:
     """Run the three stages over a federation that is up, and follow them; the exit code is the run's."""
-    from metamoe.deploy.processes import submit, with_names
-    from metamoe.progress import live
-
     settings, folder = load_settings(preset, set_ or []), folder.absolute()
     target = (out or folder / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputFileError(f"--out {target} is not an empty folder; give another one")
     write_atomically(target / "settings.toml", to_toml(settings))
+    _follow(folder, settings, target)
+
+
+@deploy.command()
+def resume(
+    folder: Folder,
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder. (default: the last in FOLDER/runs that has not come to its end)")
+    ] = None,
+) -> None:
+    """Go on with a run that was interrupted, where it was and to the same bits, over a federation that is up again."""
+    from metamoe.progress import show_standing
+
+    folder = folder.absolute()
+    target = run.absolute() if run else _unfinished(folder)
+    if not (target / "settings.toml").is_file():
+        raise InputFileError(f"{target} holds no settings.toml, so there is no run to go on with")
+    settings = load_settings(str(target / "settings.toml"))
+    if not (target / "server" / "summary.json").is_file():
+        show_standing(target, settings, console)
+    _follow(folder, settings, target)
+
+
+def _unfinished(folder: Path) -> Path:
+    runs = sorted(file.parent for file in (folder / "runs").glob("*/settings.toml"))
+    left = [run for run in runs if not (run / "server" / "summary.json").is_file()]
+    if not left:
+        raise InputFileError(f"{folder / 'runs'} holds no run that has not come to its end")
+    return left[-1]
+
+
+def _follow(folder: Path, settings: Settings, target: Path) -> None:
+    from metamoe.deploy.processes import submit, with_names
+    from metamoe.progress import live
+
     with live(settings, target, console):
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"

@@ -1,14 +1,16 @@
 """The commands that run a federation on this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from metamoe.common.config import Settings
+from metamoe.common.presets import load_settings
 from metamoe.options import DataDir, Preset, Set, console, settings_of
-from metamoe.simulation import Backend, run_simulation
+from metamoe.simulation import Backend, resume_simulation, run_simulation
 
 
 def simulate(
@@ -29,7 +31,19 @@ def simulate(
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = settings_of(preset, overrides, data_dir)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
-    results = run_simulation(settings, folder, backend, overwrite, console)
+    _show(run_simulation(settings, folder, backend, overwrite, console), settings, folder)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that did not come to its end.")],
+) -> None:
+    """Go on with a simulation that was stopped or killed: where it was, to the same bits, with the settings in its folder."""
+    folder = run.absolute()
+    results = resume_simulation(folder, console)
+    _show(results, load_settings(str(folder / "settings.toml")), folder)
+
+
+def _show(results: dict[str, Any], settings: Settings, folder: Path) -> None:
     table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
     table.add_column("method")
     columns = [*results["routing"], "average"]

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from metamoe.common.config import Settings
 from metamoe.common.events import Event, read_events
+from metamoe.server.journal import standing
 
 _STAGES = {
     "profile": "1 clients describe their data",
@@ -24,6 +25,13 @@ _POLL_SECONDS = 0.3
 _CLIENT_BARS = 20
 
 
+def show_standing(out: Path, settings: Settings, console: Console) -> None:
+    """Say of each stage what is taken over from before, and what is to be done."""
+    for stage, (done, total) in standing(out, settings).items():
+        taken = f"{done} of {total} taken over" if 0 < done < total else "taken over" if done else "to be done"
+        console.print(f"  {stage:<8} {taken}", highlight=False)
+
+
 class Board:
     """The bars on the screen."""
 
@@ -35,10 +43,20 @@ class Board:
     def show(self, event: Event, own: bool = False) -> None:
         """Draw an event; ``own`` marks those that a client wrote about itself."""
         self._progress.update(self._waiting, visible=False)
+        if event.stage == "waiting":
+            self._wait(event)
+            return
         label = f"    {event.client}" if own else _STAGES[event.stage]
         if label not in self._tasks:
             self._tasks[label] = self._progress.add_task(label, total=event.total)
         self._progress.update(self._tasks[label], completed=event.done, total=event.total)
+
+    def _wait(self, event: Event) -> None:
+        """Who is waited for, with the time since when; gone when it is back."""
+        label = f"    waiting for {event.client}"
+        if label not in self._tasks or event.done == 0:
+            self._tasks[label] = self._progress.add_task(label, total=None)
+        self._progress.update(self._tasks[label], visible=event.done == 0)
 
     def evaluation(self, done: int, total: int) -> None:
         """Draw the progress of the final table."""

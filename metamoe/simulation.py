@@ -10,8 +10,9 @@ from rich.console import Console
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
-from metamoe.common.files import write_atomically
-from metamoe.common.presets import to_toml
+from metamoe.common.files import read_json, write_atomically
+from metamoe.common.presets import load_settings, to_toml
+from metamoe.progress import live, show_standing
 from metamoe.simulations.prepare import prepare, prepare_apart
 
 _RUN = (
@@ -65,10 +66,41 @@ def run_simulation(
     return _run(settings, folder, backend, console)
 
 
+def resume_simulation(folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Go on with a simulation that did not come to its end, to the same bits; of a finished one, read its results.
+
+    Args:
+        folder: the run folder, absolute.
+        console: where to say what is taken over, and to show progress; None for nowhere.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        InputFileError: the folder holds no run.
+        StateFileError: what is there is damaged, or of other settings.
+        MetaMoEError: what stops the run.
+    """
+    if not (folder / "settings.toml").is_file():
+        raise InputFileError(f"{folder} holds no settings.toml, so there is no run to go on with")
+    settings = load_settings(str(folder / "settings.toml"))
+    if (folder / "results.json").is_file():
+        if console:
+            console.print(f"{folder}: the run has come to its end, and nothing is left to do", soft_wrap=True)
+        results: dict[str, Any] = read_json(folder / "results.json")
+        return results
+    # Ray leaves Flower's files behind, from the beginning.
+    backend = Backend.ray if (folder / "flower").is_dir() else Backend.local
+    if console:
+        console.print(f"going on: preset {settings.preset}, {backend} -> {folder}", soft_wrap=True)
+        show_standing(folder, settings, console)
+    with console.status("preparing data") if console else nullcontext():
+        prepare(settings) if backend is Backend.local else prepare_apart(settings)
+    return _run(settings, folder, backend, console)
+
+
 def _run(settings: Settings, folder: Path, backend: Backend, console: Console | None) -> dict[str, Any]:
     # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
-    from metamoe.progress import live
-
     with live(settings, folder, console) if console else nullcontext() as board:
         if backend is Backend.ray:
             from metamoe.simulations.flower import run_flower
@@ -88,6 +120,11 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputFileError(f"out = {folder} is a file; give a folder")
     present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if "settings.toml" in present and "results.json" not in present and not overwrite:
+        raise InvalidSettingError(
+            f"out = {folder} holds a run that has not come to its end: 'metamoe resume {folder}' goes on with it, --overwrite "
+            "(in Python overwrite=True) begins anew"
+        )
     if present and not overwrite:
         raise InvalidSettingError(
             f"out = {folder} is not empty; give another folder, or replace the run in it: --overwrite, in Python overwrite=True"

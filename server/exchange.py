@@ -38,8 +38,18 @@ from metamoe.common.wire import (
 )
 from metamoe.server.state import RunState
 
-Ask = Callable[[Kind, Mapping[int, RecordDict]], Iterable[tuple[int, RecordDict | MetaMoEError]]]
-"""Sends each node its request and yields (node, reply) as replies come; a node that failed gives an error instead."""
+
+@dataclass(frozen=True)
+class Waiting:
+    """A node is not there, or its process ended: it is waited for."""
+
+    reason: str
+
+
+Ask = Callable[[Kind, Mapping[int, RecordDict]], Iterable[tuple[int, RecordDict | MetaMoEError | Waiting]]]
+"""Sends each node its request and yields (node, reply) as replies come. A node that failed gives an error instead; one that is
+waited for says so before.
+"""
 
 
 @dataclass
@@ -195,9 +205,15 @@ class Exchange:
     def _replies(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         declared = reply_artifacts(kind, self._settings, self._seed)
         messages = {node: secrets.token_hex(16) for node in requests}
-        waiting = set(requests)
+        waiting, absent = set(requests), set[int]()
         for node, content in self._ask(kind, {node: self._addressed(c, node, messages[node]) for node, c in requests.items()}):
+            if isinstance(content, Waiting):
+                self._events("waiting", 0, 1, self._name(kind, node))
+                absent.add(node)
+                continue
             waiting.remove(node)
+            if node in absent:
+                self._events("waiting", 1, 1, self._name(kind, node))
             try:
                 if isinstance(content, MetaMoEError):
                     raise type(content)(f"{self._name(kind, node)} could not answer {kind!r}: {content}")

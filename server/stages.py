@@ -17,7 +17,7 @@ from metamoe.common.config import Settings
 from metamoe.common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
-from metamoe.common.files import write_json
+from metamoe.common.files import alone, write_json
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
 from metamoe.common.model.seed import load_seed
 from metamoe.common.model.vectors import all_evidence_paths
@@ -26,7 +26,7 @@ from metamoe.server.exchange import Ask, Exchange
 from metamoe.server.experts import stored_arrays, stored_expert, stored_vectors
 from metamoe.server.merging import Contribution, merge
 from metamoe.server.proxies import read_selections, select_proxies, write_selections
-from metamoe.server.state import RunState, alone, clocks
+from metamoe.server.state import RunState, clocks
 from metamoe.server.unify import initial_routers, router_samples, unify
 
 
@@ -50,7 +50,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
     names = settings.client_names
     check_domains(settings.data)
     device = device_of(settings.compute.server_device)
-    with alone(out), threads(settings.compute.server_threads), precision_of(settings.compute.precision, device):
+    with alone(out / "server"), threads(settings.compute.server_threads), precision_of(settings.compute.precision, device):
         if summary.is_file():
             return
         begun = clocks()

@@ -12,7 +12,6 @@ A stage does what the journal does not name, or what is no longer as the journal
 """
 
 import hashlib
-import json
 import os
 import secrets
 import time
@@ -23,20 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from metamoe.common.arrays import arrays_hash, read_arrays, write_arrays
 from metamoe.common.config import Settings
-from metamoe.common.errors import RunFailedError, StateFileError
+from metamoe.common.errors import StateFileError
 from metamoe.common.files import write_atomically
 from metamoe.common.model.seed import Seed
 from metamoe.common.wire import Kind
 from metamoe.server.experts import store_expert, stored_arrays
+from metamoe.server.journal import JOURNAL, journal_line, read_journal
 
-JOURNAL = "journal.jsonl"
 FORMAT = 1
-_HASH_DIGITS = 16
 
 
 class RunState:
@@ -65,7 +62,7 @@ class RunState:
                     "began with, or begin another run in another folder"
                 )
         # Of a line that was cut short or changed, and of all after it, nothing is believed and nothing is left.
-        whole = b"".join(map(_line, self._lines))
+        whole = b"".join(map(journal_line, self._lines))
         if self._file.read_bytes() != whole:
             write_atomically(self._file, whole)
 
@@ -79,7 +76,7 @@ class RunState:
         line = {"what": what, **fields}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as file:
-            file.write(_line(line))
+            file.write(journal_line(line))
             file.flush()
             os.fsync(file.fileno())
         self._lines.append(line)
@@ -148,59 +145,6 @@ class RunState:
 def clocks() -> tuple[float, float]:
     """Seconds on the clock, and of this process on any core."""
     return time.monotonic(), time.process_time()
-
-
-def read_journal(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's journal, up to the first that is not whole; none where there is no journal.
-
-    Raises:
-        StateFileError: the journal cannot be read, or its first line is not whole.
-    """
-    file = out / "server" / JOURNAL
-    try:
-        raw = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    except OSError as error:
-        raise StateFileError(f"{file} cannot be read: {error}") from error
-    lines = []
-    for line in raw:
-        digest, _, text = line.partition(b" ")
-        if _text_hash(text) != digest.decode(errors="replace"):
-            break
-        lines.append(json.loads(text))
-    if raw and not lines:
-        raise StateFileError(f"{file} is damaged at its beginning, so the run cannot go on; begin another one")
-    return lines
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Let no other process work on the same run while the block runs.
-
-    Raises:
-        RunFailedError: one does.
-        StateFileError: the folder cannot be written.
-    """
-    try:
-        (out / "server").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "server" / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunFailedError(f"another process works on the run in {out}; wait for it, or end it") from error
-    except OSError as error:
-        raise StateFileError(f"the run folder {out} cannot be written: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _line(values: Mapping[str, Any]) -> bytes:
-    text = json.dumps(values, sort_keys=True).encode()
-    return f"{_text_hash(text)} ".encode() + text + b"\n"
-
-
-def _text_hash(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:_HASH_DIGITS]
 
 
 def _file_hash(file: Path) -> str:

@@ -1,6 +1,7 @@
 """The Flower strategy: the three stages over Flower's grid."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,13 +12,19 @@ from flwr.serverapp.strategy import Strategy
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError, RunFailedError, by_code
 from metamoe.common.wire import CLIENT_ERROR_CODE, MESSAGE_TYPE, Kind
+from metamoe.server.exchange import Waiting
 from metamoe.server.stages import run_stages
 
 _POLL_SECONDS = 0.2
 _COHORT = 100
 """Nodes with a request at a time: Flower's link state looks through all messages for each node, which is quadratic."""
-_DROPPED_OUT = (5, 8)
-"""Flower's error codes of a node that is not there, and of an app process that ended without an answer."""
+_DROPPED_OUT = (0, 3, 4, 5, 8)
+"""Flower's error codes of a node or message that is not there, and of a process that ended without an answer. What our apps
+raise has another.
+"""
+_NOT_THERE = 5
+_ATTEMPTS = 3
+"""How often a node is asked the same that is there all the time, but whose process ends."""
 
 
 class MetaMoE(Strategy):
@@ -59,11 +66,12 @@ class MetaMoE(Strategy):
 
     def _ask(
         self, grid: Grid, kind: Kind, requests: Mapping[int, RecordDict]
-    ) -> Iterator[tuple[int, RecordDict | MetaMoEError]]:
+    ) -> Iterator[tuple[int, RecordDict | MetaMoEError | Waiting]]:
         compute = self.settings.compute
         waiting, deadline, queue = dict[str, int](), time.monotonic() + compute.timeout, list(requests)
         # Nodes that dropped out and may come back, and until when.
         dropped, rejoin_by = dict[int, MetaMoEError](), dict[int, float]()
+        attempts = Counter[int]()
         while (queue or waiting or dropped) and time.monotonic() < deadline:
             room = max(0, _COHORT - len(waiting))
             cohort, queue = queue[:room], queue[room:]
@@ -73,9 +81,11 @@ class MetaMoE(Strategy):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 if not reply.has_error():
                     yield node, reply.content
-                elif compute.rejoin_timeout and reply.error.code in _DROPPED_OUT:
+                elif compute.rejoin_timeout and reply.error.code in _DROPPED_OUT and attempts[node] < _ATTEMPTS:
                     dropped[node] = _failure(reply)
                     rejoin_by.setdefault(node, time.monotonic() + compute.rejoin_timeout)
+                    attempts[node] += reply.error.code != _NOT_THERE
+                    yield node, Waiting(str(dropped[node]))
                 else:
                     yield node, _failure(reply)
             online = set(grid.get_node_ids()) if dropped else set()

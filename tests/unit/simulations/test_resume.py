@@ -17,11 +17,12 @@ from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
 from metamoe.common.errors import RunFailedError, StateFileError
 from metamoe.common.events import read_events
+from metamoe.common.files import alone
 from metamoe.common.model.artifact import load_model
 from metamoe.common.presets import changed
 from metamoe.server import stages
+from metamoe.server.journal import JOURNAL
 from metamoe.server.stages import run_stages
-from metamoe.server.state import JOURNAL, alone
 from metamoe.simulations.local import run_local
 from tests.unit.common.test_checkpoint import harm
 
@@ -180,7 +181,7 @@ def test_a_run_keeps_what_it_began_with(small: Settings, finished: Path, tmp_pat
 
 
 def test_two_processes_do_not_work_on_one_run(small: Settings, tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(RunFailedError, match="another process works on the run"):
+    with alone(tmp_path / "server"), pytest.raises(RunFailedError, match="another process works in"):
         run_local(small, tmp_path)
 
 
