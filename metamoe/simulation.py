@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from metamoe.common.config import Settings
-from metamoe.common.errors import InputFileError, InvalidSettingError
+from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError
 from metamoe.common.files import read_json, write_atomically
 from metamoe.common.presets import load_settings, to_toml
+from metamoe.deploy import flower
 from metamoe.progress import live, show_standing
 from metamoe.simulations.prepare import prepare, prepare_apart
 
@@ -100,19 +101,28 @@ def resume_simulation(folder: Path, console: Console | None = None) -> dict[str,
 
 
 def _run(settings: Settings, folder: Path, backend: Backend, console: Console | None) -> dict[str, Any]:
-    # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
     with live(settings, folder, console) if console else nullcontext() as board:
-        if backend is Backend.ray:
-            from metamoe.simulations.flower import run_flower
-
-            run_flower(settings, folder)
-        else:
-            from metamoe.simulations.local import run_local
-
-            run_local(settings, folder)
+        # All but the table may be there.
+        if not (folder / "server" / "summary.json").is_file():
+            try:
+                _stages(settings, folder, backend)
+            except RunFailedError as error:
+                raise RunFailedError(f"{error}\nwhat is done is kept: 'metamoe resume {folder}' goes on with it") from error
         from metamoe.simulations.results import write_results
 
         return write_results(settings, folder, board.evaluation if board else lambda _done, _total: None)
+
+
+def _stages(settings: Settings, folder: Path, backend: Backend) -> None:
+    # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
+    if backend is Backend.ray:
+        from metamoe.simulations.flower import run_flower
+
+        run_flower(settings, folder)
+    else:
+        from metamoe.simulations.local import run_local
+
+        run_local(settings, folder)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -137,6 +147,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _clear_folder(folder: Path) -> None:
+    # Of a command that was killed, everything may still run.
+    flower.stop(flower.left_running(folder / "flower"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for entry in folder.iterdir():

@@ -12,6 +12,7 @@ from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
 from metamoe.common.audit.entries import Intent
+from metamoe.common.audit.keys import read_public
 from metamoe.common.audit.reconcile import reconcile
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
@@ -53,21 +54,41 @@ def run_until(settings: Settings, out: Path, stop: Callable[[str, int, str], boo
         run_stages(settings, range(settings.clients), ask, out)
 
 
-def check(out: Path, settings: Settings, expected: str) -> None:
-    """The right model everywhere, ledgers that verify and agree, each artifact released once, no epoch trained twice."""
+def check(out: Path, settings: Settings, expected: str, deployed: Path | None = None) -> None:
+    """The right model everywhere, ledgers that verify and agree, each artifact released once.
+
+    Args:
+        out: the run folder.
+        settings: the run's.
+        expected: hash of the model of an undisturbed run.
+        deployed: the folder of a federation's clients, where they are not in the run's.
+    """
     assert load_model(out / "model").manifest.model_hash == expected
     summary = json.loads((out / "server" / "summary.json").read_text())
     assert (summary["model"], summary["missing"]) == (expected, [])
-    server = check_ledger(out / "server" / "audit")
+    key = read_public(deployed.parent / "server" / "audit.pub") if deployed else None
+    server = check_ledger(out / "server" / "audit", key)
     assert server.findings == []
     for number, name in enumerate(settings.client_names):
-        client = check_ledger(out / "clients" / "audit" / f"client-{number}")
+        state = deployed / f"client-{number}" / "state" if deployed else out / "clients"
+        client = check_ledger(state / "audit" / f"client-{number}")
         assert client.findings == []
-        assert reconcile(client, server) == []
-        assert [intent.stage for intent in client.of(Intent)] == ["profile", "expert", "deliver"]
-        assert load_model(out / "clients" / name / "model").manifest.model_hash == expected
-        assert not (out / "clients" / name / "training").exists() or not any((out / "clients" / name / "training").iterdir())
+        assert [finding for finding in reconcile(client, server) if "in common" not in finding.what] == []
+        (run,) = server.runs
+        assert [intent.stage for intent in client.of(Intent, run)] == ["profile", "expert", "deliver"]
+        assert load_model(state / name / "model").manifest.model_hash == expected
+        assert not list((state / name / "training").glob("*"))
     assert not (out / "server" / "training").exists()
+
+
+def epochs_once(out: Path, settings: Settings) -> None:
+    """No client trained an epoch twice that it had saved: it says of each once that it begins, but for one that was stopped in
+    the middle, at most.
+    """
+    for name in settings.client_names:
+        begun = [event.done for event, _ in read_events(out / "clients" / name / "events.jsonl")]
+        assert len(begun) - len(set(begun)) <= 2
+        assert begun == sorted(begun)
 
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
