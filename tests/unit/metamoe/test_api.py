@@ -231,7 +231,7 @@ def test_a_folder_without_a_finished_run_is_named(run: metamoe.Run, tmp_path: Pa
 def test_what_prepares_the_data_says_of_which_kind_its_failure_was(
     preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InvalidSettingError, match="data.domains has 'runes'"):
+    with pytest.raises(InvalidSettingError, match=r"data\.domains has 'runes'"):
         prepare.prepare_apart(load_settings(str(preset), ["data.domains=['runes']"]))
     monkeypatch.setattr(prepare, "_APART", (sys.executable, "-c", "print('{}'[:1]); raise SystemExit(7)"))
     with pytest.raises(RunFailedError, match="ended with 7"):
