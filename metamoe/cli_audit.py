@@ -52,11 +52,11 @@ def policy(
     ] = None,
 ) -> None:
     """Say in plain language what may leave a client, and what of it a run would send."""
+    chosen = load_policy(file) if file else DEFAULT
+    settings = load_settings(preset, set_ or [])
     from metamoe.common.model.seed import load_seed
     from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
 
-    chosen = load_policy(file) if file else DEFAULT
-    settings = load_settings(preset, set_ or [])
     for line in policy_lines(chosen):
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     seed = load_seed(settings.seed_model)
@@ -208,11 +208,11 @@ def canary(
     """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
     disguise. What leaves has the same form in a small run as in a large one.
     """
-    from metamoe.audit.canary import run_canary
-
     settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputFileError(f"--out {out} is not an empty folder; give another one")
+    from metamoe.audit.canary import run_canary
+
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(TemporaryDirectory()))
         with console.status("running, and searching what left"):

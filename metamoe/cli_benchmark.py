@@ -37,7 +37,6 @@ def benchmark(
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
     from metamoe.comparison import check_names, run_comparison
-    from metamoe.simulations.benchmark.report import REPORT
     from metamoe.simulations.benchmark.tables import REFERENCE, method_header, method_rows
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
@@ -54,7 +53,7 @@ def benchmark(
                 table.add_row(method, average, better, public)
             console.print(table)
     console.print(
-        f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / REPORT}", soft_wrap=True
+        f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / 'report.html'}", soft_wrap=True
     )
 
 

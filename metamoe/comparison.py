@@ -15,8 +15,6 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.presets import by_name, load_settings, with_absolute_paths
 from metamoe.simulations.benchmark.methods import chosen
-from metamoe.simulations.benchmark.report import write_report
-from metamoe.simulations.benchmark.run import Plan, run_benchmark
 from metamoe.simulations.benchmark.tables import (
     REFERENCE,
     Record,
@@ -70,6 +68,8 @@ class Benchmark:
         Raises:
             InputFileError: a file is missing or not a benchmark's.
         """
+        from metamoe.simulations.benchmark.report import write_report
+
         return write_report(self.folder)
 
 
@@ -146,13 +146,17 @@ def run_comparison(
 
     Raises:
         InputFileError, InvalidSettingError: the folder cannot take a benchmark, or a name is unknown.
-        MetaMoEError: see :func:`run_benchmark`.
+        MetaMoEError: see :func:`metamoe.simulations.benchmark.run.run_benchmark`.
     """
     if seeds < 1:
         raise InvalidSettingError(f"seeds = {seeds}: at least one is needed")
     # With ablations alone there is still something to compare them with.
     wanted = chosen(settings, methods or ([REFERENCE] if ablations else ["all"]), ablations)
     _check_folder(folder)
+    # Only now, so that what is wrong is said at once.
+    from metamoe.simulations.benchmark.report import write_report
+    from metamoe.simulations.benchmark.run import Plan, run_benchmark
+
     plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder, command)
     if console:
         console.print(f"preset {settings.preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
