@@ -14,6 +14,8 @@ from platformdirs import user_cache_path
 
 from metamoe.common.errors import RunFailedError, StateFileError
 
+_MOMENT = 0.5
+
 
 def cache_folder() -> Path:
     """Where data that can be made again is kept: ``$METAMOE_CACHE`` or the user's cache folder."""
@@ -77,7 +79,8 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        # Who only asks whether somebody does holds it for a moment.
+        lock.acquire(timeout=_MOMENT)
     except Timeout as error:
         raise RunFailedError(f"another process works in {folder}; wait for it, or end it") from error
     except OSError as error:
@@ -86,6 +89,17 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def worked_on(folder: Path) -> bool:
+    """Whether a process works in a folder, by :func:`alone`."""
+    if not folder.is_dir():
+        return False
+    try:
+        with alone(folder):
+            return False
+    except RunFailedError:
+        return True
 
 
 def _beside(path: Path) -> Path:

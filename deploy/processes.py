@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError, first_problem
-from metamoe.common.files import alone, write_atomically, write_json
+from metamoe.common.files import worked_on, write_atomically, write_json
 from metamoe.deploy import flower
 from metamoe.deploy.certificates import certificate_problems
 from metamoe.deploy.keys import Federation, read_federation
@@ -91,8 +91,9 @@ def up(folder: Path, progress: Callable[[str], None]) -> None:
     for number, name in enumerate(federation.names):
         # Without its key it is a client from elsewhere.
         if (folder / "clients" / name / "node.key").exists() and not running.alive(name):
-            progress(f"starting {name}")
             _end(running, name)
+            _wait_gone(folder, name, progress)
+            progress(f"starting {name}")
             _start_client(folder, federation, running, number)
     _wait_online(folder, list(running.processes), progress)
 
@@ -182,7 +183,7 @@ def submit(folder: Path, settings: Settings, out: Path) -> None:
     home = _connected(folder)
     going_on = flower.goes_on(home, CONNECTION, out)
     try:
-        if going_on and _worked_on(out):
+        if going_on and worked_on(out / "server"):
             flower.follow(home, CONNECTION, out)
             return
         if going_on:
@@ -191,15 +192,6 @@ def submit(folder: Path, settings: Settings, out: Path) -> None:
         flower.run(home, CONNECTION, out, audit_keys=folder / _SERVER)
     except MetaMoEError as error:
         raise type(error)(with_names(folder, str(error))) from error
-
-
-def _worked_on(out: Path) -> bool:
-    """Whether a server's process works on the run in this folder."""
-    try:
-        with alone(out / "server"):
-            return False
-    except RunFailedError:
-        return True
 
 
 def _start_server(folder: Path, federation: Federation, running: Running) -> None:
@@ -261,6 +253,16 @@ def _started(pid: int) -> Started:
 
 def _end(running: Running, party: str) -> None:
     flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
+
+
+def _wait_gone(folder: Path, name: str, progress: Callable[[str], None]) -> None:
+    """Wait until the server no longer takes a node for online whose process ended without a word, which takes a minute: before,
+    it refuses another process with the same key.
+    """
+    deadline, node = time.monotonic() + _ONLINE_SECONDS, registered(folder).get(name)
+    while node in online_nodes(folder) and time.monotonic() < deadline:
+        progress(f"waiting until the server sees that {name} ended")
+        time.sleep(1)
 
 
 def _wait_online(folder: Path, started: Sequence[str], progress: Callable[[str], None]) -> None:

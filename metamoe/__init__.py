@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from metamoe.model import Continuation, Model, load
     from metamoe.predict import Prediction
     from metamoe.results import RunResults
-    from metamoe.run import Run, RunEvent, open_run, simulate
+    from metamoe.run import Run, RunEvent, open_run, resume, simulate
 else:
     # Nothing is loaded before it is asked for: the command answers at once, and torch takes seconds.
     _PLACES = {
@@ -34,7 +34,7 @@ else:
         "metamoe.model": ("Continuation", "Model", "load"),
         "metamoe.predict": ("Prediction",),
         "metamoe.results": ("RunResults",),
-        "metamoe.run": ("Run", "RunEvent", "open_run", "simulate"),
+        "metamoe.run": ("Run", "RunEvent", "open_run", "resume", "simulate"),
     }
 
     def __getattr__(name: str) -> object:
@@ -65,5 +65,6 @@ __all__ = [
     "benchmark",
     "load",
     "open_run",
+    "resume",
     "simulate",
 ]

@@ -18,7 +18,7 @@ from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
 from metamoe.cli_deploy import deploy
 from metamoe.cli_model import evaluate, generate, predict
-from metamoe.cli_simulate import embed, resume, simulate
+from metamoe.cli_simulate import embed, resume, simulate, status
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.presets import preset_names, preset_text
@@ -84,7 +84,7 @@ def _check_preset(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
-for command in (simulate, resume, embed, benchmark, report, predict, evaluate, generate, presets):
+for command in (simulate, resume, status, embed, benchmark, report, predict, evaluate, generate, presets):
     app.command()(command)
 for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
     app.add_typer(group, name=name)

@@ -43,6 +43,26 @@ def resume(
     _show(results, load_settings(str(folder / "settings.toml")), folder)
 
 
+def status(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, also of one that is going on.")],
+) -> None:
+    """Show where a run is: what is done, how far each client's training is, and who is waited for since when."""
+    from metamoe.status import run_status
+
+    found = run_status(run.absolute())
+    console.print(f"{run}: {found.state}", highlight=False, soft_wrap=True)
+    for stage, (done, total) in found.stages.items():
+        console.print(f"  {stage:<8} {done} of {total}", highlight=False)
+    for name, (done, total) in found.clients.items():
+        console.print(f"  {name}: {done} of {total} epochs", highlight=False, markup=False)
+    for name, since in found.waiting.items():
+        console.print(f"  waiting for {name} since {since:%H:%M:%S}", highlight=False, markup=False)
+    if found.last:
+        console.print(f"  last heard of at {found.last:%Y-%m-%d %H:%M:%S}", highlight=False)
+    if found.state == "stopped":
+        console.print(f"'metamoe resume {run}' goes on with it", highlight=False, markup=False, soft_wrap=True)
+
+
 def _show(results: dict[str, Any], settings: Settings, folder: Path) -> None:
     table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
     table.add_column("method")

@@ -1,8 +1,10 @@
 """Live progress of a run: follows its event files and draws a bar for each stage and each training client."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +25,7 @@ _STAGES = {
 }
 _POLL_SECONDS = 0.3
 _CLIENT_BARS = 20
+_MINUTE = 60
 
 
 def show_standing(out: Path, settings: Settings, console: Console) -> None:
@@ -62,23 +65,89 @@ class Board:
         """Draw the progress of the final table."""
         self.show(Event("evaluate", done, total))
 
+    def tick(self) -> None:
+        """Bars move by themselves."""
+
+
+class Lines:
+    """What a log gets in place of bars: a line when a stage begins, when one of few clients has answered, when one is waited
+    for, and once a minute.
+    """
+
+    def __init__(self, console: Console, clients: int) -> None:
+        self._console, self._each = console, clients <= _CLIENT_BARS
+        self._stage = Event("", 0, 0)
+        self._own: dict[str, Event] = {}
+        self._waiting: dict[str, str] = {}
+        self._said = time.monotonic()
+
+    def show(self, event: Event, own: bool = False) -> None:
+        """Say an event, or remember it until the next minute."""
+        if own:
+            self._own[event.client] = event
+        elif event.stage == "waiting":
+            if event.done:
+                self._waiting.pop(event.client, None)
+                self._say(f"{event.client} is back, or given up")
+            else:
+                self._waiting[event.client] = _clock()
+                self._say(f"waiting for {event.client}")
+        else:
+            if event.stage != self._stage.stage or (event.client and self._each):
+                label = _STAGES[event.stage].strip()
+                self._say(f"{label}: {event.client} ({event.done} of {event.total})" if event.client else label)
+            self._stage = event
+
+    def evaluation(self, done: int, total: int) -> None:
+        """Say that the final table is being made."""
+        self.show(Event("evaluate", done, total))
+
+    def tick(self) -> None:
+        """Once a minute, say what is going on."""
+        if time.monotonic() - self._said < _MINUTE or not self._stage.stage:
+            return
+        parts = [f"{_STAGES[self._stage.stage].strip()}: {self._stage.done} of {self._stage.total}"]
+        parts += [f"{name} {own.done}/{own.total}" for name, own in self._own.items() if own.done < own.total]
+        parts += [f"waiting for {name} since {since}" for name, since in self._waiting.items()]
+        self._say("; ".join(parts))
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(f"{_clock()} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock() -> str:
+    return datetime.now().strftime("%H:%M:%S")
+
 
 @contextmanager
-def live(settings: Settings, out: Path, console: Console) -> Iterator[Board]:
-    """Show progress while the block runs."""
+def live(settings: Settings, out: Path, console: Console) -> Iterator["Board | Lines"]:
+    """Show progress while the block runs: bars on a terminal, lines in a log."""
+    if not console.is_terminal:
+        lines = Lines(console, settings.clients)
+        with _followed(settings, out, lines):
+            yield lines
+        return
     columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        board, done = Board(progress), threading.Event()
-        follower = threading.Thread(target=_follow, args=(settings, out, board, done), daemon=True)
-        follower.start()
-        try:
+        board = Board(progress)
+        with _followed(settings, out, board):
             yield board
-        finally:
-            done.set()
-            follower.join()
 
 
-def _follow(settings: Settings, out: Path, board: Board, done: threading.Event) -> None:
+@contextmanager
+def _followed(settings: Settings, out: Path, board: "Board | Lines") -> Iterator[None]:
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(settings, out, board, done), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+
+
+def _follow(settings: Settings, out: Path, board: "Board | Lines", done: threading.Event) -> None:
     files = {out / "events.jsonl": False}
     if settings.clients <= _CLIENT_BARS:
         files |= {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
@@ -90,3 +159,4 @@ def _follow(settings: Settings, out: Path, board: Board, done: threading.Event) 
             for event, position in read_events(file, positions[file]):
                 positions[file] = position
                 board.show(event, own)
+        board.tick()

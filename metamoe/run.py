@@ -17,7 +17,7 @@ from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailed
 from metamoe.common.events import Event, read_events
 from metamoe.common.presets import load_settings, with_absolute_paths
 from metamoe.results import RunResults
-from metamoe.simulation import Backend, run_simulation
+from metamoe.simulation import Backend, resume_simulation, run_simulation
 
 if TYPE_CHECKING:
     import pandas
@@ -128,6 +128,23 @@ def simulate(
     return Run(folder)
 
 
+def resume(folder: str | PathLike[str], *, progress: bool = False) -> Run:
+    """Go on with a simulation that was interrupted, to the same bits: the same as ``metamoe resume``.
+
+    Args:
+        folder: of the run.
+        progress: show the bars that the command shows.
+
+    Raises:
+        InputFileError: the folder holds no run.
+        StateFileError: what is there is damaged, or of other settings than it began with.
+        MetaMoEError: what stopped the run, of another kind.
+    """
+    place = Path(folder).absolute()
+    resume_simulation(place, Console() if progress else None)
+    return Run(place)
+
+
 def open_run(folder: str | PathLike[str]) -> Run:
     """The run in a folder: a simulation's, or another whose model was made.
 
@@ -139,5 +156,5 @@ def open_run(folder: str | PathLike[str]) -> Run:
     if not (place / _SETTINGS).is_file():
         raise InputFileError(f"{folder} holds no {_SETTINGS}; give a run's folder, such as runs/demo")
     if not (place / "server" / "summary.json").is_file():
-        raise RunFailedError(f"{folder} holds a run that has not come to its end")
+        raise RunFailedError(f"{folder} holds a run that has not come to its end; metamoe.resume goes on with it")
     return Run(place)

@@ -72,9 +72,10 @@ def check(out: Path, settings: Settings, expected: str, deployed: Path | None = 
     for number, name in enumerate(settings.client_names):
         state = deployed / f"client-{number}" / "state" if deployed else out / "clients"
         client = check_ledger(state / "audit" / f"client-{number}")
-        assert client.findings == []
-        assert [finding for finding in reconcile(client, server) if "in common" not in finding.what] == []
         (run,) = server.runs
+        # Deployed clients have ledgers of other runs too.
+        findings = [*client.findings, *reconcile(client, server)]
+        assert [finding for finding in findings if not deployed or f"run {run[:8]}" in finding.where] == []
         assert [intent.stage for intent in client.of(Intent, run)] == ["profile", "expert", "deliver"]
         assert load_model(state / name / "model").manifest.model_hash == expected
         assert not list((state / name / "training").glob("*"))
