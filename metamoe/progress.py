@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -43,6 +44,16 @@ class Board:
     def evaluation(self, done: int, total: int) -> None:
         """Draw the progress of the final table."""
         self.show(Event("evaluate", done, total))
+
+
+def python_console() -> Console:
+    """Where a call from Python shows its progress. In a notebook Rich moves bars by ipywidgets alone; without it they are drawn
+    once, at the end.
+    """
+    console = Console()
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        return Console(force_jupyter=False, force_terminal=False)
+    return console
 
 
 @contextmanager
