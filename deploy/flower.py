@@ -18,6 +18,7 @@ import tomli_w
 from metamoe.common.errors import RunFailedError, by_code
 from metamoe.common.files import cache_folder, write_atomically
 
+_COLOURS = ("CLICOLOR_FORCE", "FORCE_COLOR", "TTY_COMPATIBLE")
 _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15
 _START_SECONDS = 60
@@ -26,8 +27,11 @@ _RUN_ID = "flower-run"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """This process's environment, with Flower's own files in ``home``, and Flower neither calling home nor installing."""
-    return os.environ | {
+    """This process's environment, with Flower's own files in ``home``, and Flower neither calling home nor installing, nor
+    colouring the JSON that it answers, as it would under Jupyter.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _COLOURS}
+    return inherited | {
         "FLWR_HOME": str(home),
         "METAMOE_CACHE": str(cache_folder()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -4,7 +4,7 @@
 
     import metamoe
 
-    run = metamoe.simulate("glyphs", clients=6, progress=True)
+    run = metamoe.simulate("glyphs", progress=True)
     run.table()
     run.model.predict("digit.png").classes
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.presets import by_name, load_settings, with_absolute_paths
+from metamoe.progress import python_console
 from metamoe.simulations.benchmark.methods import chosen
 from metamoe.simulations.benchmark.tables import (
     REFERENCE,
@@ -106,7 +107,7 @@ def benchmark(
     folder = Path(out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
     given = {"methods": list(methods), "ablations": list(ablations), "seeds": seeds, "settings": by_name(settings or {})}
     call = ", ".join([repr(str(preset)), *(f"{name}={value!r}" for name, value in given.items() if value)])
-    console = Console() if progress else None
+    console = python_console() if progress else None
     run_comparison(chosen_settings, methods, ablations, seeds, folder, f"metamoe.benchmark({call})", console)
     return Benchmark(folder)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -120,10 +121,20 @@ def _clock() -> str:
     return datetime.now().strftime("%H:%M:%S")
 
 
+def python_console() -> Console:
+    """Where a call from Python shows its progress. In a notebook Rich moves bars by ipywidgets alone; without it they are drawn
+    once, at the end.
+    """
+    console = Console()
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        return Console(force_jupyter=False, force_terminal=False)
+    return console
+
+
 @contextmanager
 def live(settings: Settings, out: Path, console: Console) -> Iterator["Board | Lines"]:
     """Show progress while the block runs: bars on a terminal, lines in a log."""
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         lines = Lines(console, settings.clients)
         with _followed(settings, out, lines):
             yield lines

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError, first_problem
 from metamoe.common.events import Event, read_events
 from metamoe.common.presets import load_settings, with_absolute_paths
+from metamoe.progress import python_console
 from metamoe.results import RunResults
 from metamoe.simulation import Backend, resume_simulation, run_simulation
 
@@ -124,7 +124,7 @@ def simulate(
     given = {name: value for name, value in (("clients", clients), ("seed", seed)) if value is not None}
     chosen = with_absolute_paths(load_settings(str(preset), values={**(settings or {}), **given}))
     folder = Path(out or Path("runs") / Path(preset).stem).absolute()
-    run_simulation(chosen, folder, Backend(backend), overwrite, Console() if progress else None)
+    run_simulation(chosen, folder, Backend(backend), overwrite, python_console() if progress else None)
     return Run(folder)
 
 

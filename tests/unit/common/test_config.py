@@ -34,6 +34,22 @@ def test_overrides_and_files(tmp_path: Path) -> None:
     assert load_settings(str(file)) == settings
 
 
+def test_values_of_python_are_settings_too(tmp_path: Path) -> None:
+    """Under their whole names or in groups, with either mark between words; a group keeps what is not named."""
+    wanted = load_settings(
+        "glyphs", ["proxies.count=7", "router.top-k=1", "router.renormalise=false", "data.domains=['greek']"]
+    )
+    for values in (
+        {"proxies.count": 7, "router.top-k": 1, "router.renormalise": False, "data.domains": ["greek"]},
+        {"proxies": {"count": 7}, "router": {"top_k": 1, "renormalise": False}, "data": {"domains": ("greek",)}},
+    ):
+        assert load_settings("glyphs", values=values) == wanted
+    assert wanted.proxies.pool == load_settings("glyphs").proxies.pool
+    # They come after a command line's, and a path is its text.
+    assert load_settings("glyphs", ["clients=4"], {"clients": 5}).clients == 5
+    assert load_settings("glyphs", values={"seed_model": tmp_path}).seed_model == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [

@@ -1,6 +1,8 @@
 """What a notebook sees: ``import metamoe`` and nothing else of ours."""
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import metamoe
+from metamoe import progress
 from metamoe.ask import spoken
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain
@@ -120,6 +123,17 @@ def test_every_name_is_there_and_no_other() -> None:
         metamoe.train  # noqa: B018
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_what_the_docs_show_is_there(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / page).read_text(), re.DOTALL)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)]
+    named = {"metamoe": metamoe, "run": metamoe.Run, "model": metamoe.Model, "decision": metamoe.Decision}
+    shown = [(node.value.id, node.attr) for node in nodes if isinstance(node.value, ast.Name) and node.value.id in named]
+    assert ("metamoe", "simulate") in shown
+    for name, attribute in shown:
+        assert hasattr(named[name], attribute) or attribute in named[name].__dataclass_fields__, f"{name}.{attribute}"
+
+
 def test_a_run_is_what_its_folder_says(run: metamoe.Run, preset: Path) -> None:
     assert run.settings == load_settings(str(preset), ["seed=3", "expert-training.epochs=2", "proxies.count=15"])
     told = json.loads((run.folder / "results.json").read_text())
@@ -158,6 +172,14 @@ def test_progress_is_shown_only_if_asked(run: metamoe.Run, tmp_path: Path, capsy
     assert quiet.settings.data.test_samples == 20
     assert metamoe.simulate(**again, clients=2, out=tmp_path / "out", overwrite=True, progress=True).settings.clients == 2
     assert "server trains the router" in capsys.readouterr().out
+
+
+def test_a_notebook_that_cannot_move_bars_gets_them_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    for found, moving in ((None, False), (sys.__spec__, True)):
+        monkeypatch.setattr(progress, "find_spec", lambda _name, found=found: found)
+        console = progress.python_console()
+        assert (console.is_jupyter, console.is_terminal) == (moving, False)
 
 
 def test_events_of_server_and_clients_come_in_the_order_of_time(run: metamoe.Run) -> None:
@@ -437,6 +459,8 @@ except metamoe.MetaMoEError as error:
 @pytest.mark.slow
 def test_scripts_simulate_on_ray_and_compare(preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
+    # As Jupyter has it, under which Flower would colour its JSON.
+    monkeypatch.setenv("FORCE_COLOR", "1")
 
     def run(name: str, text: str) -> str:
         (tmp_path / name).write_text(text.format(preset=str(preset)))
