@@ -122,9 +122,7 @@ def _clock() -> str:
 
 
 def python_console() -> Console:
-    """Where a call from Python shows its progress. In a notebook Rich moves bars by ipywidgets alone; without it they are drawn
-    once, at the end.
-    """
+    """Where a call from Python shows its progress: in a notebook without ipywidgets, by which alone bars move, as lines."""
     console = Console()
     if console.is_jupyter and find_spec("ipywidgets") is None:
         return Console(force_jupyter=False, force_terminal=False)

@@ -141,7 +141,7 @@ def resume(folder: str | PathLike[str], *, progress: bool = False) -> Run:
         MetaMoEError: what stopped the run, of another kind.
     """
     place = Path(folder).absolute()
-    resume_simulation(place, Console() if progress else None)
+    resume_simulation(place, python_console() if progress else None)
     return Run(place)
 
 

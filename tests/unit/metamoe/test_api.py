@@ -477,3 +477,16 @@ def test_scripts_simulate_on_ray_and_compare(preset: Path, tmp_path: Path, monke
     averages = local.table()["average"]
     assert (float(zero_shot), float(unified)) == pytest.approx((averages["zero-shot"], averages["metamoe"]), abs=0.02)
     assert "RunFailedError a process of the benchmark died" in run("unguarded.py", UNGUARDED)
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_model(run: metamoe.Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.folder, out)
+    (out / "server" / "summary.json").unlink()
+    (out / "results.json").unlink()
+    (out / "model" / "router.safetensors").unlink()
+    with pytest.raises(RunFailedError, match=r"metamoe\.resume goes on with it"):
+        metamoe.open_run(out)
+    again = metamoe.resume(out)
+    assert again.results.model == run.results.model
+    assert metamoe.resume(out).results == again.results
