@@ -17,10 +17,17 @@ _HASH, _ABOUT = "sha256", "about"
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any] | None = None) -> None:
-    """Write arrays and what is to be said about them (JSON); a reader sees the whole file or none of it."""
+    """Write arrays and what is to be said about them (JSON); a reader sees the whole file or none of it.
+
+    Raises:
+        StateFileError: it cannot be written, as where the disk is full.
+    """
     said = json.dumps(about or {}, sort_keys=True)
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_atomically(file, save(whole, {_ABOUT: said, _HASH: _hash(whole, said)}))
+    try:
+        write_atomically(file, save(whole, {_ABOUT: said, _HASH: _hash(whole, said)}))
+    except OSError as error:
+        raise StateFileError(f"{file} cannot be written: {error}") from error
 
 
 def read_arrays(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

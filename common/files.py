@@ -1,5 +1,6 @@
 """Writing so that a reader sees the whole file or none of it."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from metamoe.common.errors import RunFailedError, StateFileError
 
 _MOMENT = 0.5
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def cache_folder() -> Path:
@@ -89,6 +92,23 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Let what a disk refuses, as it is full or read-only, be named.
+
+    Raises:
+        StateFileError: in place of the disk's own error, or safetensors' that hides one.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise StateFileError(f"{folder} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise StateFileError(f"{folder} cannot be written: {error}") from error
 
 
 def worked_on(folder: Path) -> bool:

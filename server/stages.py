@@ -17,7 +17,7 @@ from metamoe.common.config import Settings
 from metamoe.common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
-from metamoe.common.files import alone, write_json
+from metamoe.common.files import alone, disk_errors, write_json
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
 from metamoe.common.model.seed import load_seed
 from metamoe.common.model.vectors import all_evidence_paths
@@ -44,13 +44,19 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
         audit_keys: folder of the key that signs the server's ledger; None for one of this run alone.
 
     Raises:
+        StateFileError: the folder holds another run, or cannot be written.
         MetaMoEError: one of its kinds, see :class:`metamoe.server.exchange.Exchange`.
     """
     summary = out / "server" / "summary.json"
     names = settings.client_names
     check_domains(settings.data)
     device = device_of(settings.compute.server_device)
-    with alone(out / "server"), threads(settings.compute.server_threads), precision_of(settings.compute.precision, device):
+    with (
+        disk_errors(out),
+        alone(out / "server"),
+        threads(settings.compute.server_threads),
+        precision_of(settings.compute.precision, device),
+    ):
         if summary.is_file():
             return
         begun = clocks()

@@ -1,6 +1,8 @@
 """Federated averaging of one LoRA adapter, as Flower's users do it today: the baseline that sends weights every round."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,10 +11,12 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from metamoe.client.expert import train_expert
+from metamoe.common.arrays import read_arrays, write_arrays
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import class_names
+from metamoe.common.errors import StateFileError
 from metamoe.common.model.lora import Expert, expert_of, with_lora
 from metamoe.common.model.seed import Seed
 
@@ -26,6 +30,7 @@ def federated_average(
     private: Sequence[Dataset],
     public: Dataset,
     rounds: int,
+    kept: Path | None = None,
 ) -> Expert:
     """One adapter after ``rounds`` rounds of FedAvg (McMahan et al., 2017) over the LoRA matrices.
 
@@ -38,13 +43,20 @@ def federated_average(
         private: each client's samples.
         public: the public set, for its class names only.
         rounds: at most the experts' epochs, which they divide.
+        kept: file for the adapter after the last round that is done, from which a stopped training goes on; None to keep none.
     """
     training = settings.expert_training
     spaces = [label_space(class_names(data), class_names(public)) for data in private]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, _STAGE))
         shared = expert_of(with_lora(seed, settings.lora))
-    for number in range(rounds):
+    done = 0
+    # A damaged state is not worth a failure.
+    with suppress(StateFileError):
+        if kept is not None:
+            arrays, about = read_arrays(kept)
+            shared, done = {name: torch.from_numpy(array) for name, array in arrays.items()}, about["rounds"]
+    for number in range(done, rounds):
         # Falling to zero within a round alone, the rate starts anew in each: 69 in place of 72 on preset glyphs.
         rate = training.learning_rate * (1 - number / rounds)
         local = training.model_copy(update={"epochs": training.epochs // rounds, "learning_rate": rate})
@@ -57,6 +69,8 @@ def federated_average(
             replies.append(_reply(trained, len(data)))
         record = aggregate_arrayrecords(replies, _COUNT)
         shared = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
+        if kept is not None:
+            write_arrays(kept, {name: tensor.numpy() for name, tensor in shared.items()}, {"rounds": number + 1})
     return shared
 
 

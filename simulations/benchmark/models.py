@@ -184,9 +184,11 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             private = [load_private(settings, client, "train") for client in range(settings.clients)]
+            kept = target.with_suffix(".round")
+            expert = federated_average(seed, settings, private, load_public(settings.data), rounds, kept)
             with replaced_folder(target) as new:
-                expert = federated_average(seed, settings, private, load_public(settings.data), rounds)
                 save_adapter(new, seed, settings.lora, expert)
+            kept.unlink()
     expert = load_adapter(target)
     scores = dense(with_lora(seed, settings.lora, expert))
     # Clients send float16, as experts do; what comes back is the mean, in float32.

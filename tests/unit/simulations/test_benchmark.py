@@ -193,7 +193,7 @@ def test_a_method_that_a_preset_does_not_allow_is_refused_before_anything_runs(
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on_without_doing_work_twice(preset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from simulations.cli import main; main()", "benchmark", "--preset", str(preset)]
+    command = [sys.executable, "-c", "from metamoe.cli import main; main()", "benchmark", "--preset", str(preset)]
     command += ["--methods", "zero-shot,btm,flexolmo,metamoe", "--seeds", "2", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)

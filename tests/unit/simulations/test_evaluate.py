@@ -1,5 +1,7 @@
 """Each way of using experts, against its definition."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,29 @@ def test_a_share_counts_every_expert_of_the_own_domain(settings: Settings) -> No
     owners = [domains_of(six, name, merged) for name in ("digits-1-and-1-more", "arrows-1", "seed")]
     assert owners == [{"digits", "greek"}, {"arrows"}, set()]
     assert own_share(owners, images, [[0.7, 0.2, 0.1]]) == pytest.approx(0.7)
+
+
+def test_federated_averaging_goes_on_after_the_last_round(
+    seed: Seed, small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed(small, ["expert-training.epochs=3"])
+    private = [load_private(small, client, "train") for client in range(2)]
+    whole = fedavg.federated_average(seed, settings, private, private[0], 3)
+    train, rounds = fedavg.train_expert, []
+
+    def dying(*arguments, **more):
+        rounds.append(arguments[2])
+        if len(rounds) == 4:
+            raise KeyboardInterrupt
+        return train(*arguments, **more)
+
+    monkeypatch.setattr(fedavg, "train_expert", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fedavg.federated_average(seed, settings, private, private[0], 3, tmp_path / "round")
+    rest = fedavg.federated_average(seed, settings, private, private[0], 3, tmp_path / "round")
+    # Two trained in the first round, the second was stopped in the middle and trained again, and the third.
+    assert rounds == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert all(torch.equal(rest[name], whole[name]) for name in whole)
 
 
 def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
