@@ -21,7 +21,7 @@ test-quick: .venv/installed  ## the tests that need no Flower run
 	$(BIN)/pytest -q
 
 faults: .venv/installed  ## processes killed in every stage, and the run resumed: half an hour and more
-	$(BIN)/pytest -q -m "faults or slow" tests/integration/test_faults.py
+	$(BIN)/pytest -q -m "faults or slow" tests/integration/test_faults.py tests/unit/simulations/test_resume.py
 
 bench: .venv/installed  ## what things cost, as ratios, in bench.json
 	$(BIN)/python -m benchmarks

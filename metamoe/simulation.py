@@ -85,6 +85,8 @@ def resume_simulation(folder: Path, console: Console | None = None) -> dict[str,
     if not (folder / "settings.toml").is_file():
         raise InputFileError(f"{folder} holds no settings.toml, so there is no run to go on with")
     settings = load_settings(str(folder / "settings.toml"))
+    # Of a command that was killed, everything may still run.
+    flower.stop(flower.left_running(folder / "flower"))
     if (folder / "results.json").is_file():
         if console:
             console.print(f"{folder}: the run has come to its end, and nothing is left to do", soft_wrap=True)

@@ -38,8 +38,6 @@ def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_AP
 @contextmanager
 def _superlink(home: Path) -> Iterator[int]:
     """A SuperLink in simulation mode on a free loopback port; everything it starts ends with it."""
-    # Of a command that was killed, everything may still run.
-    flower.stop(flower.left_running(home))
     port, log = flower.free_port(), home / "superlink.log"
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port", str(port)]

@@ -5,6 +5,7 @@ Each case is a real run of three clients. The few that continuous integration ru
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -32,8 +33,9 @@ STAGES = ("profile", "embed", "select", "expert", "unify", "deliver", "evaluate"
 ASKED = ("profile", "expert", "deliver")
 SECONDS = 300
 CI = {
-    *(("local", "command", stage) for stage in ("select", "expert", "unify")),
-    *(("ray", "command", "expert"), ("ray", "worker", "expert"), ("deployed", "superlink", "expert")),
+    ("local", "command", "unify"),
+    ("ray", "command", "expert"),
+    ("deployed", "superlink", "expert"),
 }
 
 
@@ -165,3 +167,31 @@ def deployed(federation: Path, target: str, stage: str, preset: Path, out: Path)
     up(federation, lambda _: None)
     run.communicate(timeout=SECONDS)
     to_its_end(out, "deploy", "resume", str(federation), str(out))
+
+
+@pytest.mark.parametrize(
+    ("backend", "kills", "longest"),
+    [pytest.param("local", 4, 9.0, marks=pytest.mark.slow), pytest.param("ray", 20, 30.0, marks=pytest.mark.faults)],
+)
+def test_random_kills(backend: str, kills: int, longest: float, settings: Settings, tmp_path: Path) -> None:
+    """Six clients; again and again, after a random time, a random process of the run is killed, and in the end the command."""
+    six, rng = changed(settings, ["clients=6", "seed=3"]), random.Random(0)
+    preset, out = tmp_path / "preset.toml", tmp_path / "run"
+    preset.write_text(to_toml(six))
+    command = ["simulate", "--preset", str(preset), "--out", str(out), "--backend", backend]
+    for _ in range(kills):
+        run = start(*command)
+        deadline = time.monotonic() + rng.uniform(longest / 3, longest)
+        while time.monotonic() < deadline and run.poll() is None:
+            time.sleep(0.05)
+        kill([rng.choice([run.pid, *sorted(processes(out / "flower", ""))])])
+        try:
+            run.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            kill([run.pid])
+            run.communicate(timeout=SECONDS)
+        if (out / "settings.toml").is_file():
+            command = ["resume", str(out)]
+    to_its_end(out, *command)
+    run_local(six, tmp_path / "undisturbed")
+    check(out, six, load_model(tmp_path / "undisturbed" / "model").manifest.model_hash)
