@@ -115,8 +115,8 @@ class Proxies(Section):
 class Lora(Section):
     """The shape of an expert: low-rank matrices on the feed-forward sublayers."""
 
-    rank: Count = 16
-    alpha: Count = 32
+    rank: Count = Field(16, description="inner dimension r of each pair of matrices")
+    alpha: Count = Field(32, description="what they add is multiplied by alpha / rank")
     first_layer: int = Field(0, ge=0, description="layers below it stay the seed's; 0 adapts all of them")
 
 
@@ -126,11 +126,11 @@ class ExpertTraining(Section):
     samples: Literal["aligned", "private", "proxies"] = Field(
         "aligned", description="aligned: private samples and proxies together; private, proxies: one of them alone"
     )
-    epochs: Count = 10
-    batch_size: Count = 64
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 0.0
-    warmup_steps: int = Field(0, ge=0)
+    epochs: Count = Field(10, description="passes over the samples")
+    batch_size: Count = Field(64, description="samples of a step")
+    learning_rate: Positive = Field(1e-3, description="after warm-up")
+    weight_decay: NonNegative = Field(0.0, description="of the optimizer")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
     optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "constant"] = Field("linear", description="after warm-up: falling to zero, or constant")
     checkpoint_minutes: NonNegative = Field(
@@ -181,10 +181,10 @@ class Router(Section):
         description="divides the experts' scores among themselves, not against the seed's: above 1, experts that know much the "
         "same share a sample more evenly",
     )
-    top_k: Count = 2
+    top_k: Count = Field(2, description="experts that compute each token (k)")
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
-    learn_context: bool = True
+    learn_context: bool = Field(True, description="train lambda too")
 
     @model_validator(mode="after")
     def _check(self) -> "Router":
@@ -208,12 +208,12 @@ class RouterTraining(Section):
     supervision: Literal["task", "provenance", "both", "none"] = Field(
         "task", description="task loss, each proxy's known client, their sum, or no training at all"
     )
-    epochs: Count = 3
-    batch_size: Count = 64
-    learning_rate: Positive = 1e-4
-    context_learning_rate: Positive = 1e-3
+    epochs: Count = Field(3, description="passes over the samples")
+    batch_size: Count = Field(64, description="samples of a step")
+    learning_rate: Positive = Field(1e-4, description="of rows, biases and, where they are trained, experts")
+    context_learning_rate: Positive = Field(1e-3, description="of lambda")
     optimizer: Optimizer = "adamw"
-    train_router: bool = True
+    train_router: bool = Field(True, description="train the router: rows, biases, lambda")
     train_experts: bool = Field(False, description="train the experts too; frozen ones can be taken out of the model again")
 
     @model_validator(mode="after")
@@ -236,8 +236,8 @@ class Privacy(Section):
         "none",
         description="gaussian: the means of stage 1 leave once, clipped and with noise, and so all that follows from them",
     )
-    epsilon: Positive = 4.0
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    epsilon: Positive = Field(4.0, description="of the means of stage 1, for vectors = gaussian")
+    delta: Annotated[float, Field(gt=0, lt=1, description="of the means of stage 1, for vectors = gaussian")] = 1e-5
     clip: Positive = Field(2.0, description="largest norm of a sample's features, where a public one's has 1 on average")
     min_samples: Count = Field(
         500, description="known to all: no client has fewer training samples; noise goes by it, and so does not tell how many"
@@ -245,19 +245,19 @@ class Privacy(Section):
     expert: Literal["none", "dp-sgd"] = Field(
         "none", description="dp-sgd: trained on the proxies first, and then on private samples with clipped, noisy gradients"
     )
-    expert_epsilon: Positive = 8.0
-    expert_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    expert_epsilon: Positive = Field(8.0, description="of the expert, for expert = dp-sgd")
+    expert_delta: Annotated[float, Field(gt=0, lt=1, description="of the expert, for expert = dp-sgd")] = 1e-5
     expert_clip: Positive = Field(1.0, description="largest norm of one sample's gradient")
-    expert_epochs: Count = 10
+    expert_epochs: Count = Field(10, description="how often each private sample is expected to be taken")
     expert_batch_size: Count = Field(250, description="samples of a step, of every min-samples that a client has")
-    expert_learning_rate: Positive = 8e-3
+    expert_learning_rate: Positive = Field(8e-3, description="of the steps with noise")
 
 
 class Compute(Section):
     """What the run may use. Thread counts are fixed because sums in another order give other last digits."""
 
-    client_threads: Count = 1
-    server_threads: Count = 2
+    client_threads: Count = Field(1, description="of torch and BLAS, for each client")
+    server_threads: Count = Field(2, description="of torch and BLAS, at the server")
     client_device: Device = "auto"
     server_device: Device = "auto"
     precision: Literal["float32", "bfloat16"] = Field(
@@ -279,9 +279,9 @@ class Compute(Section):
 class Settings(Section):
     """Everything that decides what a run computes."""
 
-    preset: str = "glyphs"
+    preset: str = Field("glyphs", description="name of the preset that the settings came from; it decides nothing")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
-    clients: Count = 3
+    clients: Count = Field(3, description="number of clients (K)")
     quorum: int = Field(
         0, ge=0, description="clients with which a run goes on when others are missing, who are named; 0 is all of them"
     )

@@ -2,16 +2,20 @@
 
 import atexit
 import gc
+import json
 import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from importlib.metadata import version
 from types import FrameType
 from typing import Annotated
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
@@ -84,7 +88,28 @@ def _check_preset(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
-for command in (simulate, resume, status, embed, benchmark, report, predict, evaluate, generate, presets):
+def settings(
+    group: Annotated[str | None, typer.Argument(help="A group of settings, such as router, or run. (default: all)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for machines.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md.")] = False,
+) -> None:
+    """List every setting: what it may be, its default, and what it is for."""
+    from metamoe.reference import all_settings, as_markdown
+
+    if markdown:
+        typer.echo(as_markdown(), nl=False)
+        return
+    found = all_settings(group)
+    if as_json:
+        typer.echo(json.dumps([asdict(setting) for setting in found], indent=1))
+        return
+    for setting in found:
+        console.print(setting.name, style="bold", markup=False, highlight=False, end="")
+        console.print(f" = {setting.default}", markup=False, highlight=False, soft_wrap=True)
+        console.print(Padding(Text(f"{setting.about} ({setting.kind})"), (0, 0, 0, 4)))
+
+
+for command in (simulate, resume, status, embed, benchmark, report, predict, evaluate, generate, presets, settings):
     app.command()(command)
 for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
     app.add_typer(group, name=name)

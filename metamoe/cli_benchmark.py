@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.show import show_numbers
+
+_SHOWN = slice(-4, -1)
+"""Of a method's columns the average, how much metamoe is better by, and the public samples."""
 
 
 def benchmark(
@@ -47,11 +50,9 @@ def benchmark(
     for records in (results.methods, results.ablations):
         if records:
             # Without the test sets, of which there can be many: they are in the report.
-            name, *_, average, better, public, _ = method_header(records)
-            table = Table(Column(name, no_wrap=True), average, better, public)
-            for method, *_, average, better, public, _ in method_rows(records, results.methods.get(REFERENCE)):
-                table.add_row(method, average, better, public)
-            console.print(table)
+            name, *columns = method_header(records)
+            rows = [[method, *cells[_SHOWN]] for method, *cells in method_rows(records, results.methods.get(REFERENCE))]
+            show_numbers(console, "accuracy, %", [name, *columns[_SHOWN]], rows)
     console.print(
         f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / 'report.html'}", soft_wrap=True
     )

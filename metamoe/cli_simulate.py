@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from metamoe.common.config import Settings
 from metamoe.common.presets import load_settings
 from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.show import show_numbers
 from metamoe.simulation import Backend, resume_simulation, run_simulation
 
 
@@ -64,15 +64,13 @@ def status(
 
 
 def _show(results: dict[str, Any], settings: Settings, folder: Path) -> None:
-    table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
-    table.add_column("method")
     columns = [*results["routing"], "average"]
-    for column in [*columns, "public, held out"]:
-        table.add_column(column, justify="right")
-    for method, by_domain in results["accuracy"].items():
-        cells = [by_domain[column] for column in columns] + [results["public_accuracy"][method]]
-        table.add_row(method, *(f"{cell:.1f}" for cell in cells))
-    console.print(table)
+    rows = [
+        [method, *(f"{by_domain[column]:.1f}" for column in columns), f"{results['public_accuracy'][method]:.1f}"]
+        for method, by_domain in results["accuracy"].items()
+    ]
+    title = f"accuracy on {settings.data.evaluate_on} data, %"
+    show_numbers(console, title, ["method", *columns, "public, held out"], rows)
     console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
 
 
