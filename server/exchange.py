@@ -170,6 +170,9 @@ class Exchange:
                 self._count(client, 0, before)
             else:
                 self._leave_out(client, "profile", reason)
+        if len(self.members) < self._settings.least_clients:
+            named = ", ".join(missing.name for missing in self.missing)
+            raise RunFailedError(f"{len(self.members)} clients are left of the run; missing: {named}; {reason}")
         return {client: found[client] for client in self.members}
 
     def ask(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

@@ -223,6 +223,14 @@ def test_below_the_quorum_a_run_ends_and_all_missing_are_named(small: Settings, 
         run_stages(settings, [10, 11, 12], dropping(tmp_path, failing), tmp_path)
     assert not (tmp_path / "model").exists()
 
+    # It goes on without the one that proxies were chosen without, and with the other if that is back.
+    with pytest.raises(RunFailedError, match="1 clients are left of the run; missing: digits, arrows; it is not connected"):
+        run_stages(settings, [10, 11], dropping(tmp_path, {}), tmp_path)
+    run_stages(settings, [10, 11, 12], dropping(tmp_path, {}), tmp_path)
+    (missing,) = json.loads((tmp_path / "server" / "summary.json").read_text())["missing"]
+    assert (missing["name"], missing["stage"]) == ("digits", "profile")
+    assert load_model(tmp_path / "model").manifest.experts == ["greek", "arrows"]
+
     # One that never connected is missing too.
     run_stages(settings, [10, 12], dropping(tmp_path, {}), tmp_path / "two")
     (missing,) = json.loads((tmp_path / "two" / "server" / "summary.json").read_text())["missing"]
