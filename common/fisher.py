@@ -1,7 +1,6 @@
 """Fisher's linear discriminant with a shrunk covariance: the one idea behind relevance and routing (numpy only)."""
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
 
 def shrunk_covariance(features: np.ndarray) -> np.ndarray:
@@ -27,6 +26,9 @@ def fisher_rows(means: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         W, float64 [K, d], and b, float64 [K].
     """
+    # Not before it is needed: commands that count no scores load this file too.
+    from scipy.linalg import cho_factor, cho_solve
+
     means = np.asarray(means, dtype=np.float64)
     rows = cho_solve(cho_factor(covariance), means.T).T
     return rows, -0.5 * np.einsum("kd,kd->k", means, rows)

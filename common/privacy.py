@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.linalg import solve_triangular
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 from metamoe.common.config import Settings
 from metamoe.common.fisher import shrunk_covariance
@@ -34,6 +31,9 @@ def noise_multiplier(epsilon: float, delta: float) -> float:
 
     The root of delta = Phi(1/(2 s) - epsilon s) - e^epsilon Phi(-1/(2 s) - epsilon s) in s (Balle and Wang 2018, Theorem 8).
     """
+    # Here and below not before it is needed: every command reads policies, few of them count epsilons.
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr
 
     def excess(log_s: float) -> float:
         s = math.exp(log_s)
@@ -78,6 +78,7 @@ def expert_mechanism(settings: Settings) -> Mechanism:
 @lru_cache(maxsize=16)
 def _calibrated(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The least noise multiplier with which all steps together are (epsilon, delta)-private, to a hundredth."""
+    from scipy.optimize import brentq
 
     def excess(log_noise: float) -> float:
         return total_epsilon([Mechanism(math.exp(log_noise), rate, steps)], delta) - epsilon
@@ -112,6 +113,8 @@ def private_means(
     Returns:
         float64 [P, d].
     """
+    from scipy.linalg import solve_triangular
+
     shape = private.shape[1:]
     own, others = (features.reshape(len(features), -1).astype(np.float64) for features in (private, public))
     centre, factor = others.mean(axis=0), np.linalg.cholesky(shrunk_covariance(others))

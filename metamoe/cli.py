@@ -1,5 +1,7 @@
 """The command ``metamoe``."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -19,6 +21,7 @@ from metamoe.cli_model import evaluate, generate, predict
 from metamoe.cli_simulate import embed, simulate
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
+from metamoe.common.loading import loading
 from metamoe.common.presets import preset_names, preset_text
 from metamoe.options import DataDir, Set, console, errors, settings_of
 
@@ -68,7 +71,8 @@ def presets(
 
 
 def _check_preset(settings: Settings) -> None:
-    from metamoe.check import check_preset
+    with loading():
+        from metamoe.check import check_preset
 
     missing = False
     for finding in check_preset(settings):
@@ -88,6 +92,8 @@ for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
 
 def main() -> None:
     """Entry point: run the command; an expected error is one line and its exit code, an interrupt ends with 130."""
+    # Python would take all that was loaded apart piece by piece when it ends, for a second and more.
+    atexit.register(gc.freeze)
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, _interrupt)
     try:

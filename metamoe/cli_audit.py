@@ -22,6 +22,7 @@ from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger,
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically, write_json
+from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings
 from metamoe.options import Set, console
 
@@ -52,11 +53,12 @@ def policy(
     ] = None,
 ) -> None:
     """Say in plain language what may leave a client, and what of it a run would send."""
-    from metamoe.common.model.seed import load_seed
-    from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
-
     chosen = load_policy(file) if file else DEFAULT
     settings = load_settings(preset, set_ or [])
+    with loading():
+        from metamoe.common.model.seed import load_seed
+        from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
+
     for line in policy_lines(chosen):
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     seed = load_seed(settings.seed_model)
@@ -209,11 +211,12 @@ def canary(
     """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
     disguise. What leaves has the same form in a small run as in a large one.
     """
-    from metamoe.audit.canary import run_canary
-
     settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputFileError(f"--out {out} is not an empty folder; give another one")
+    with loading():
+        from metamoe.audit.canary import run_canary
+
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(TemporaryDirectory()))
         with console.status("running, and searching what left"):
@@ -246,8 +249,9 @@ def attack(
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
     membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
     """
-    from metamoe.audit.attacks import as_json
-    from metamoe.audit.attacks import attack as attacked
+    with loading():
+        from metamoe.audit.attacks import as_json
+        from metamoe.audit.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     with Progress(TextColumn("experts, own and shadow"), *columns, console=console) as progress:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from metamoe.common.errors import InputFileError, InvalidSettingError
+from metamoe.common.loading import loading
 from metamoe.options import DataDir, Preset, Set, console, settings_of
 
 
@@ -37,9 +38,6 @@ def benchmark(
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
     from metamoe.simulations.benchmark.methods import chosen
-    from metamoe.simulations.benchmark.report import write_report
-    from metamoe.simulations.benchmark.run import Plan, run_benchmark
-    from metamoe.simulations.benchmark.tables import method_header, method_rows
 
     folder = (out or Path("runs") / f"benchmark-{Path(preset).stem}").absolute()
     for override in set_ or []:
@@ -51,6 +49,12 @@ def benchmark(
     settings = settings_of(preset, set_, data_dir)
     wanted = chosen(settings, names, groups)
     _check_benchmark_folder(folder)
+    # Only now, so that what is wrong is said at once.
+    with loading():
+        from metamoe.simulations.benchmark.report import write_report
+        from metamoe.simulations.benchmark.run import Plan, run_benchmark
+        from metamoe.simulations.benchmark.tables import method_header, method_rows
+
     plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder)
     console.print(f"preset {preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())

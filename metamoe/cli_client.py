@@ -8,6 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings
 from metamoe.options import Set, console
 
@@ -26,12 +27,13 @@ def check(
     """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
     exit code is 1 if anything is wrong.
     """
-    from metamoe.client.folder import check_folder, check_questions
-    from metamoe.common.data.datasets import known_classes
-    from metamoe.common.model.seed import load_seed
-    from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts
-
     settings = load_settings(preset, set_ or [])
+    with loading():
+        from metamoe.client.folder import check_folder, check_questions
+        from metamoe.common.data.datasets import known_classes
+        from metamoe.common.model.seed import load_seed
+        from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts
+
     questions = settings.data.source == "questions"
     with console.status("opening every file"):
         report = check_questions(folder) if questions else check_folder(folder)

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically
+from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings, to_toml
 from metamoe.options import Preset, Set, console
 
@@ -136,9 +137,10 @@ def doctor(
 
 def show_common(settings: Settings) -> None:
     """Print what server and clients must hold alike, to be compared with what the others see."""
-    from metamoe.common.data.datasets import public_fingerprint
-    from metamoe.common.model.seed import load_seed
-    from metamoe.common.wire import PROTOCOL
+    with loading():
+        from metamoe.common.data.datasets import public_fingerprint
+        from metamoe.common.model.seed import load_seed
+        from metamoe.common.wire import PROTOCOL
 
     with console.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.loading import loading
 from metamoe.options import console, errors
 
 
@@ -24,8 +25,9 @@ def predict(
     classes: Annotated[Path | None, typer.Option(help="Text file with the class names to choose among, one a line.")] = None,
 ) -> None:
     """Name the most likely classes of images, and show which experts their tokens went to."""
-    from metamoe.common.model.artifact import load_model
-    from metamoe.predict import predict_images, read_class_names
+    with loading():
+        from metamoe.common.model.artifact import load_model
+        from metamoe.predict import predict_images, read_class_names
 
     loaded = load_model(model)
     names = read_class_names(classes) if classes else loaded.manifest.classes
@@ -45,8 +47,9 @@ def evaluate(
     task: Annotated[Task | None, typer.Option(help="What the model must be for. (default: what it is for)")] = None,
 ) -> None:
     """Measure a unified model on labelled samples of your own: accuracy with its 95% interval, and which experts were used."""
-    from metamoe.ask import evaluate_on
-    from metamoe.common.model.artifact import load_model
+    with loading():
+        from metamoe.ask import evaluate_on
+        from metamoe.common.model.artifact import load_model
 
     loaded = load_model(model)
     own = Task.images if loaded.seed.is_image_model else Task.questions
@@ -68,8 +71,9 @@ def generate(
     """Go on from a prompt, taking the most likely token each time, and show which experts were asked."""
     from collections import Counter
 
-    from metamoe.ask import spoken
-    from metamoe.common.model.artifact import load_model
+    with loading():
+        from metamoe.ask import spoken
+        from metamoe.common.model.artifact import load_model
 
     experts: Counter[str] = Counter()
     for text, expert in spoken(load_model(model), prompt, max_tokens):

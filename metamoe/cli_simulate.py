@@ -14,6 +14,7 @@ from rich.table import Table
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.files import write_atomically
+from metamoe.common.loading import loading
 from metamoe.common.presets import to_toml
 from metamoe.options import DataDir, Preset, Set, console, settings_of
 from metamoe.simulations.prepare import prepare
@@ -86,10 +87,12 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
 
             run_flower(settings, folder)
         else:
-            from metamoe.simulations.local import run_local
+            with loading():
+                from metamoe.simulations.local import run_local
 
             run_local(settings, folder)
-        from metamoe.simulations.results import write_results
+        with loading():
+            from metamoe.simulations.results import write_results
 
         results = write_results(settings, folder, board.evaluation)
     table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")

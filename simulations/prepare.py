@@ -2,6 +2,7 @@
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.loading import loading
 
 
 def prepare(settings: Settings) -> None:
@@ -11,10 +12,11 @@ def prepare(settings: Settings) -> None:
         InvalidSettingError: a domain does not exist.
         EmptyPartitionError: a client would have no data.
     """
-    from metamoe.common.data.datasets import check_domains, load_domain, load_private, load_public
-
     if settings.data.private == "own":
         raise InvalidSettingError("data.private = own is for clients beside their data: metamoe deploy run")
+    with loading():
+        from metamoe.common.data.datasets import check_domains, load_domain, load_private, load_public
+
     check_domains(settings.data)
     for split in ("train", "test"):
         load_public(settings.data, split)

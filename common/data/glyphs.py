@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
-from fontTools.ttLib import TTFont
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter, ImageFont
 
@@ -102,11 +100,16 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 
 
 def _font_path(name: str) -> Path:
+    # Here and below not before it is needed, as most runs find all images in the cache.
+    import matplotlib
+
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
 
 
 @cache
 def _code_points(font: str) -> frozenset[int]:
+    from fontTools.ttLib import TTFont
+
     return frozenset(c for c in TTFont(_font_path(font)).getBestCmap() if unicodedata.name(chr(c), ""))
 
 
@@ -143,7 +146,6 @@ def _public_glyphs() -> tuple[list[np.ndarray], list[int]]:
 
 
 def _digits(split: str, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    # Not before it is needed, as most runs find the digits in the cache.
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

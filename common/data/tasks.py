@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,10 @@ from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.batch import Batch, ImageBatch, Scores, TextBatch, packed, text_features
 from metamoe.common.model.inputs import Inputs
 from metamoe.common.model.seed import Seed
+
+# Loading it takes half a second, which who asks a model about a file need not wait for.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BATCH = 256
 
@@ -82,7 +85,7 @@ class TextSamples:
         return TextBatch(*packed([(q.prompt, q.choices) for q in questions]))
 
 
-def samples_of(seed: Seed, data: config.Data, datasets: Sequence[Dataset], space: Sequence[str]) -> Samples:
+def samples_of(seed: Seed, data: config.Data, datasets: Sequence["Dataset"], space: Sequence[str]) -> Samples:
     """Data sets one after the other, ready for a seed.
 
     Args:
@@ -124,7 +127,7 @@ def check_seed(seed: Seed, data: config.Data) -> None:
         raise InvalidSettingError(f"seed-model = {seed.reference!r} is {kind}; it does not go with data.source = {data.source}")
 
 
-def input_batches(seed: Seed, data: config.Data, dataset: Dataset) -> Iterator[Inputs]:
+def input_batches(seed: Seed, data: config.Data, dataset: "Dataset") -> Iterator[Inputs]:
     """What the seed sees of a data set, in order: images, or prompts without any choice's continuation."""
     if seed.is_image_model:
         return batches(seed, dataset, workers=data.workers)
@@ -136,7 +139,7 @@ def pixel_values(seed: Seed, images: Sequence[object]) -> Tensor:
     return seed.processor(images=list(images), return_tensors="pt")["pixel_values"]
 
 
-def batches(seed: Seed, dataset: Dataset, size: int = _BATCH, workers: int = 0) -> Iterator[Tensor]:
+def batches(seed: Seed, dataset: "Dataset", size: int = _BATCH, workers: int = 0) -> Iterator[Tensor]:
     """A data set's images in order, ``size`` at a time, decoded ahead of their use by ``workers`` processes; by none, here.
     float32 [<= size, 3, H, W].
     """
@@ -149,7 +152,7 @@ def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
     return pixel_values(seed, [row["image"] for row in rows])
 
 
-def all_pixels(seed: Seed, datasets: Sequence[Dataset], workers: int = 0) -> Tensor:
+def all_pixels(seed: Seed, datasets: Sequence["Dataset"], workers: int = 0) -> Tensor:
     """All images of small data sets one after the other, decoded once. float32 [N, 3, H, W]."""
     vision = seed.model.config.vision_config
     pixels = torch.empty(sum(map(len, datasets)), vision.num_channels, vision.image_size, vision.image_size)
@@ -162,12 +165,12 @@ def all_pixels(seed: Seed, datasets: Sequence[Dataset], workers: int = 0) -> Ten
     return pixels
 
 
-def class_names(dataset: Dataset) -> list[str]:
+def class_names(dataset: "Dataset") -> list[str]:
     """Names of an image data set's classes; questions have none."""
     return list(dataset.features["label"].names) if "label" in dataset.features else []
 
 
-def labels_in(dataset: Dataset, space: Sequence[str]) -> Tensor:
+def labels_in(dataset: "Dataset", space: Sequence[str]) -> Tensor:
     """The data set's labels as indices into a label space. int64 [N]."""
     index = {name: i for i, name in enumerate(space)}
     own = torch.tensor([index[name] for name in class_names(dataset)])

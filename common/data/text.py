@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 
 from metamoe.common import config
 from metamoe.common.model.inputs import Tokens, prompt_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Few, as all are padded to the longest.
 _BATCH = 4
@@ -23,7 +25,7 @@ class Question:
     answer: int
 
 
-def tokenised(tokenizer: Any, data: config.Data, dataset: Dataset) -> list[Question]:
+def tokenised(tokenizer: Any, data: config.Data, dataset: "Dataset") -> list[Question]:
     """A data set's questions; of a prompt that is too long the end is kept, of an answer the beginning."""
     return [
         Question(

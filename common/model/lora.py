@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from metamoe.common.config import Lora
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.seed import Seed, share
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Expert = dict[str, Tensor]
 """The LoRA matrices of one expert, by name: ``<FFN path>.<linear map>.lora_<A|B>.weight``, A [r, in], B [out, r]."""
@@ -42,8 +45,11 @@ def expert_shapes(seed: Seed, lora: Lora) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def peft_config(seed: Seed, lora: Lora) -> LoraConfig:
+def peft_config(seed: Seed, lora: Lora) -> "LoraConfig":
     """The adapter as PEFT describes it."""
+    # Here and below not before it is needed: who asks a model, or only counts its arrays, needs no PEFT.
+    from peft import LoraConfig
+
     paths = "|".join(re.escape(path) for path in expert_layers(seed, lora))
     return LoraConfig(
         r=lora.rank,
@@ -56,6 +62,8 @@ def peft_config(seed: Seed, lora: Lora) -> LoraConfig:
 
 def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> PreTrainedModel:
     """The seed with one adapter: a new one (B = 0, trainable) or, if given, an expert. Base weights are shared, not copied."""
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
     model = share(seed.model)
     inject_adapter_in_model(peft_config(seed, lora), model)
     if expert is not None:
@@ -65,6 +73,8 @@ def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> PreTraine
 
 def expert_of(model: PreTrainedModel) -> Expert:
     """The adapter of a model made by :func:`with_lora`, detached and copied."""
+    from peft import get_peft_model_state_dict
+
     return {
         name: tensor.detach().cpu().clone()
         for name, tensor in sorted(get_peft_model_state_dict(model, save_embedding_layers=False).items())

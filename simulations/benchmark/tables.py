@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from scipy import stats
 
 from metamoe.common.errors import InputFileError, first_problem
 
@@ -117,7 +116,10 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tu
     mean, deviation = mean_and_deviation(differences)
     if len(differences) == 1:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
+    # Not before it is needed: a run's own table is made by this file too, and has no intervals.
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
     return mean, mean - half, mean + half
 
 
