@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
@@ -24,6 +23,7 @@ from metamoe.common.errors import MetaMoEError
 from metamoe.common.loading import loading
 from metamoe.common.presets import preset_names, preset_text
 from metamoe.options import DataDir, Set, console, errors, settings_of
+from metamoe.show import show_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,10 +64,8 @@ def presets(
     if name is not None:
         console.print(preset_text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
-    table = Table("preset", "start it with")
-    for known in preset_names():
-        table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
-    console.print(table)
+    rows = [[known, preset_text(known).splitlines()[0].lstrip("# ")] for known in preset_names()]
+    show_table(console, ["preset", "start it with"], rows)
 
 
 def _check_preset(settings: Settings) -> None:

@@ -5,12 +5,11 @@ from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
@@ -25,6 +24,7 @@ from metamoe.common.files import write_atomically, write_json
 from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings
 from metamoe.options import Set, console
+from metamoe.show import show_table
 
 audit = typer.Typer(
     no_args_is_help=True,
@@ -62,17 +62,21 @@ def policy(
     for line in policy_lines(chosen):
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     seed = load_seed(settings.seed_model)
-    table = Table("when", "artifact", "arrays", Column("bytes", justify="right"), "", title=f"a run of {preset} would send")
+    rows: list[list[str]] = []
+    styles: dict[int, str] = {}
     for stage in MESSAGE_TYPE:
         by_kind: dict[str, list[Artifact]] = {}
         for artifact in (*reply_artifacts(stage, settings, seed), *AUDIT_ARTIFACTS[stage]):
             by_kind.setdefault(kind_of_array(artifact.name), []).append(artifact)
         for kind, artifacts in by_kind.items():
             forms = f"{len(artifacts)} x" if len(artifacts) > 1 else str(list(artifacts[0].shape))
-            refused = "" if kind in chosen.allow else "refused"
             size = f"{sum(artifact.bytes for artifact in artifacts):,}"
-            table.add_row(stage, kind, f"{forms} {artifacts[0].dtype}", size, refused, style="red" if refused else None)
-    console.print(table)
+            if kind not in chosen.allow:
+                styles[len(rows)] = "red"
+            refused = "" if kind in chosen.allow else "refused"
+            rows.append([stage, kind, f"{forms} {artifacts[0].dtype}", size, refused])
+    header = ["when", "artifact", "arrays", "bytes", ""]
+    show_table(console, header, rows, title=f"a run of {preset} would send", grouped=True, styles=styles)
     if write:
         if write.exists():
             raise InputFileError(f"{write} exists; a policy is never overwritten, so give another file")
@@ -94,7 +98,10 @@ def verify(
     own, server = (read_public(file) if file else None for file in (key, server_key))
     checked = [ledger for place in places for ledger in _check(place, own, server)]
     if own is None:
-        console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
+        console.print(
+            "the public keys are those found beside the ledgers; give --key for one that you had from its owner",
+            soft_wrap=True,
+        )
     _show(checked, [finding for ledger in checked for finding in ledger.findings])
 
 
@@ -127,6 +134,8 @@ def explain(place: Place) -> None:
         clients = [check_ledger(folder) for folder in found.clients]
     if not clients:
         raise InputFileError(f"{place} holds no client's ledger")
+    # In a file, or for another program, a sentence is a line.
+    shown: dict[str, Any] = {"highlight": False, "soft_wrap": not console.is_terminal}
     for client in clients:
         for run in client.runs:
             console.rule(f"{client.name}, run {run[:8]}", align="left")
@@ -136,12 +145,10 @@ def explain(place: Place) -> None:
                 words = EXPLAINED[kind]
                 total = sum(array.bytes for array in arrays)
                 count = f"{len(arrays)} arrays, {total:,} bytes" if len(arrays) > 1 else f"{total:,} bytes"
-                console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", highlight=False)
-                console.print(
-                    f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
-                )
+                console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", **shown)
+                console.print(f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", **shown)
                 if kind in privacy:
-                    console.print(f"  privacy: {coverage_words(privacy[kind])}", highlight=False)
+                    console.print(f"  privacy: {coverage_words(privacy[kind])}", **shown)
 
 
 @audit.command()
@@ -156,19 +163,17 @@ def budget(
         clients = [check_ledger(folder) for folder in found.clients]
     if not clients:
         raise InputFileError(f"{place} holds no client's ledger")
-    table = Table("client", "artifact", "releases", f"epsilon at delta {delta:g}")
+    rows = []
     for client in clients:
         intents = client.of(Intent)
         for kind, coverage in privacy_of(intents).items():
             parts = [f"{epsilon_of(coverage.spent, delta):.3f}"] if coverage.spent else []
             parts += [f"none for {coverage.exact} of them: exact"] if coverage.exact else []
-            table.add_row(client.name, kind, str(coverage.releases), ", ".join(parts))
+            rows.append([client.name, kind, str(coverage.releases), ", ".join(parts)])
         total = epsilon_of([spent for intent in intents for spent in intent.spent], delta)
         limits = {f"{p.budget.epsilon:g} at {p.budget.delta:g}" for p in client.policies.values() if p.budget}
-        table.add_row(
-            client.name, "all that is covered", "", f"{total:.3f}, of {', '.join(limits) or 'no limit'}", end_section=True
-        )
-    console.print(table)
+        rows.append([client.name, "all that is covered", "", f"{total:.3f}, of {', '.join(limits) or 'no limit'}"])
+    show_table(console, ["client", "artifact", "releases", f"epsilon at delta {delta:g}"], rows, grouped=True)
     _show(clients, [finding for client in clients for finding in client.findings])
 
 
@@ -226,6 +231,7 @@ def canary(
         f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
         f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
         highlight=False,
+        soft_wrap=True,
     )
     for hit in found.found:
         console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -263,14 +269,14 @@ def attack(
     title = (
         f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
     )
-    header = ("mean, error", "mean by guesses of N", "class mix, r", "top class")
-    table = Table("client", *header, "loss AUC", "LiRA AUC", "found at 1% false", title=title)
+    header = ("client", "mean, error", "mean by guesses of N", "class mix, r", "top class")
+    rows = []
     for name, result in results.items():
         means = (result.mean_error, result.guessed_error, result.class_mix)
         membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
         shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
-        table.add_row(name, *shown[0], "right" if result.top_class else "wrong", *shown[1])
-    console.print(table)
+        rows.append([name, *shown[0], "right" if result.top_class else "wrong", *shown[1]])
+    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false"], rows, title=title)
 
 
 class Described(StrEnum):
@@ -297,13 +303,12 @@ def _check(place: Path, key: str | None, server: str | None) -> list[Checked]:
 
 def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:
     """A table of the ledgers, what is wrong with them, and the exit code."""
-    counts = (Column(name, justify="right") for name in ("lines", "runs", "bytes sent", "bytes received"))
-    table = Table("ledger", *counts, "public key")
+    rows = []
     for ledger in checked:
         moved = [sum(array.bytes for entry in of for array in entry.arrays) for of in (ledger.of(Intent), ledger.of(Arrival))]
         bytes_ = (f"{count:,}" if count else "" for count in moved)
-        table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16])
-    console.print(table)
+        rows.append([ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16]])
+    show_table(console, ["ledger", "lines", "runs", "bytes sent", "bytes received", "public key"], rows)
     for finding in findings:
         line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

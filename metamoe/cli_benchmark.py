@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.loading import loading
 from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.show import show_table
 
 
 def benchmark(
@@ -70,10 +70,8 @@ def benchmark(
         if records:
             # Without the test sets, of which there can be many: they are in the report.
             name, *_, average, better, public, _ = method_header(records)
-            table = Table(Column(name, no_wrap=True), average, better, public)
-            for method, *_, average, better, public, _ in method_rows(records, results.methods.get("metamoe")):
-                table.add_row(method, average, better, public)
-            console.print(table)
+            rows = [[method, *cells[-4:-1]] for method, *cells in method_rows(records, results.methods.get("metamoe"))]
+            show_table(console, [name, average, better, public], rows)
     console.print(f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {report_file}", soft_wrap=True)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings
 from metamoe.options import Set, console
+from metamoe.show import show_table
 
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
 
@@ -37,26 +37,21 @@ def check(
     questions = settings.data.source == "questions"
     with console.status("opening every file"):
         report = check_questions(folder) if questions else check_folder(folder)
-    counts = Table("questions" if questions else "class", *report.counts, title="questions" if questions else "images")
-    for name in sorted({name for by_class in report.counts.values() for name in by_class}):
-        counts.add_row(name, *(str(by_class.get(name, 0)) for by_class in report.counts.values()))
-    console.print(counts)
+    names = sorted({name for by_class in report.counts.values() for name in by_class})
+    counts = [[name, *(str(by_class.get(name, 0)) for by_class in report.counts.values())] for name in names]
+    kind = "questions" if questions else "images"
+    show_table(console, ["questions" if questions else "class", *report.counts], counts, title=kind)
     wrong = list(report.wrong)
     if not questions:
         known = set(known_classes(settings.data))
-        names = report.counts["train"]
-        wrong += [f"class {name!r} is neither in data.classes nor public" for name in names if name not in known]
+        trained = report.counts["train"]
+        wrong += [f"class {name!r} is neither in data.classes nor public" for name in trained if name not in known]
     seed = load_seed(settings.seed_model)
-    sent = Table(
-        "when", Column("array", overflow="fold"), "form", "bytes", title="what would be sent, however many samples there are"
-    )
-    total = 0
-    for kind in MESSAGE_TYPE:
-        for artifact in reply_artifacts(kind, settings, seed):
-            sent.add_row(kind, artifact.name, f"{artifact.dtype} {list(artifact.shape)}", f"{artifact.bytes:,}")
-            total += artifact.bytes
-    sent.add_row("", "in all", "", f"{total:,}")
-    console.print(sent)
+    artifacts = [(stage, artifact) for stage in MESSAGE_TYPE for artifact in reply_artifacts(stage, settings, seed)]
+    sent = [[stage, a.name, f"{a.dtype} {list(a.shape)}", f"{a.bytes:,}"] for stage, a in artifacts]
+    sent.append(["", "in all", "", f"{sum(artifact.bytes for _, artifact in artifacts):,}"])
+    title = "what would be sent, however many samples there are"
+    show_table(console, ["when", "array", "form", "bytes"], sent, title=title, grouped=True)
     for line in wrong:
         console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if wrong:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError
@@ -17,6 +16,7 @@ from metamoe.common.files import write_atomically
 from metamoe.common.loading import loading
 from metamoe.common.presets import load_settings, to_toml
 from metamoe.options import Preset, Set, console
+from metamoe.show import show_table
 
 if TYPE_CHECKING:
     from metamoe.deploy.doctor import Finding
@@ -68,10 +68,8 @@ def status(folder: Folder) -> None:
 
     with console.status("asking the server"):
         parties = status(folder.absolute())
-    table = Table("party", "processes", "node", "the server sees it")
-    for party in parties:
-        table.add_row(party.name, "running" if party.running else "down", party.node, "yes" if party.online else "no")
-    console.print(table)
+    rows = [[p.name, "running" if p.running else "down", p.node, "yes" if p.online else "no"] for p in parties]
+    show_table(console, ["party", "processes", "node", "the server sees it"], rows)
     if not all(party.running and party.online for party in parties):
         raise typer.Exit(1)
 
@@ -144,11 +142,8 @@ def show_common(settings: Settings) -> None:
 
     with console.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
-    alike = Table("the same for all parties", Column("here", overflow="fold"))
-    alike.add_row("version", f"{version('metamoe-fl')}, protocol {PROTOCOL}")
-    alike.add_row("seed model", seed)
-    alike.add_row("public set", public)
-    console.print(alike)
+    alike = [["version", f"{version('metamoe-fl')}, protocol {PROTOCOL}"], ["seed model", seed], ["public set", public]]
+    show_table(console, ["the same for all parties", "here"], alike)
 
 
 def show_findings(findings: Sequence["Finding"]) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
@@ -17,6 +16,7 @@ from metamoe.common.files import write_atomically
 from metamoe.common.loading import loading
 from metamoe.common.presets import to_toml
 from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.show import show_table
 from metamoe.simulations.prepare import prepare
 
 _RUN = (
@@ -59,7 +59,8 @@ def simulate(
     settings = settings_of(preset, overrides, data_dir)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
     _check_folder(folder, overwrite)
-    console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
+    what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
+    console.print(f"{what} -> {folder}", soft_wrap=True)
     with console.status("preparing data"):
         _prepare(settings, backend)
     # Only now, when nothing more can be found wrong at once, does an earlier run go.
@@ -95,15 +96,13 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
             from metamoe.simulations.results import write_results
 
         results = write_results(settings, folder, board.evaluation)
-    table = Table(title=f"accuracy on {settings.data.evaluate_on} data, %")
-    table.add_column("method")
     columns = [*results["routing"], "average"]
-    for column in [*columns, "public, held out"]:
-        table.add_column(column, justify="right")
-    for method, by_domain in results["accuracy"].items():
-        cells = [by_domain[column] for column in columns] + [results["public_accuracy"][method]]
-        table.add_row(method, *(f"{cell:.1f}" for cell in cells))
-    console.print(table)
+    rows = [
+        [method, *(f"{by_domain[column]:.1f}" for column in columns), f"{results['public_accuracy'][method]:.1f}"]
+        for method, by_domain in results["accuracy"].items()
+    ]
+    title = f"accuracy on {settings.data.evaluate_on} data, %"
+    show_table(console, ["method", *columns, "public, held out"], rows, title=title)
     console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
 
 
