@@ -5,7 +5,7 @@ BIN := .venv/bin
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
 
-.PHONY: demo smollm2 test test-quick lint bench containers
+.PHONY: demo smollm2 test test-quick lint bench settings containers
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -22,6 +22,9 @@ test-quick: .venv/installed  ## the tests that need no Flower run
 
 bench: .venv/installed  ## what things cost, as ratios, in bench.json
 	$(BIN)/python -m benchmarks
+
+settings: .venv/installed  ## docs/settings.md, out of common/config.py
+	$(BIN)/metamoe settings --markdown > docs/settings.md
 
 containers:  ## images built, and a reduced run through a server and three clients in containers, in runs/containers; ENGINE=podman
 	docker/containers.sh

@@ -115,8 +115,8 @@ class Proxies(Section):
 class Lora(Section):
     """The shape of an expert: low-rank matrices on the feed-forward sublayers."""
 
-    rank: Count = 16
-    alpha: Count = 32
+    rank: Count = Field(16, description="rank of each pair of matrices")
+    alpha: Count = Field(32, description="what the matrices add is multiplied by alpha / rank")
     first_layer: int = Field(0, ge=0, description="layers below it stay the seed's; 0 adapts all of them")
 
 
@@ -126,11 +126,11 @@ class ExpertTraining(Section):
     samples: Literal["aligned", "private", "proxies"] = Field(
         "aligned", description="aligned: private samples and proxies together; private, proxies: one of them alone"
     )
-    epochs: Count = 10
-    batch_size: Count = 64
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 0.0
-    warmup_steps: int = Field(0, ge=0)
+    epochs: Count = Field(10, description="passes over a client's samples")
+    batch_size: Count = Field(64, description="samples of a step")
+    learning_rate: Positive = Field(1e-3, description="the largest, after warm-up")
+    weight_decay: NonNegative = Field(0.0, description="the optimizer's")
+    warmup_steps: int = Field(0, ge=0, description="first steps, in which the learning rate rises to its largest; 0 is none")
     optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "constant"] = Field("linear", description="after warm-up: falling to zero, or constant")
 
@@ -176,10 +176,10 @@ class Router(Section):
         description="divides the experts' scores among themselves, not against the seed's: above 1, experts that know much the "
         "same share a sample more evenly",
     )
-    top_k: Count = 2
+    top_k: Count = Field(2, description="experts that each token goes to, the seed counted as one")
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
-    learn_context: bool = True
+    learn_context: bool = Field(True, description="train lambda; false keeps it as it is")
 
     @model_validator(mode="after")
     def _check(self) -> "Router":
@@ -203,12 +203,12 @@ class RouterTraining(Section):
     supervision: Literal["task", "provenance", "both", "none"] = Field(
         "task", description="task loss, each proxy's known client, their sum, or no training at all"
     )
-    epochs: Count = 3
-    batch_size: Count = 64
-    learning_rate: Positive = 1e-4
-    context_learning_rate: Positive = 1e-3
+    epochs: Count = Field(3, description="passes over the samples")
+    batch_size: Count = Field(64, description="samples of a step")
+    learning_rate: Positive = Field(1e-4, description="of the router's rows, and of the experts where they are trained")
+    context_learning_rate: Positive = Field(1e-3, description="of lambda")
     optimizer: Optimizer = "adamw"
-    train_router: bool = True
+    train_router: bool = Field(True, description="train the router; false keeps its rows and lambda as they were initialised")
     train_experts: bool = Field(False, description="train the experts too; frozen ones can be taken out of the model again")
 
     @model_validator(mode="after")
@@ -231,8 +231,8 @@ class Privacy(Section):
         "none",
         description="gaussian: the means of stage 1 leave once, clipped and with noise, and so all that follows from them",
     )
-    epsilon: Positive = 4.0
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    epsilon: Positive = Field(4.0, description="of the means of stage 1, for vectors = gaussian")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="of the means of stage 1, for vectors = gaussian")
     clip: Positive = Field(2.0, description="largest norm of a sample's features, where a public one's has 1 on average")
     min_samples: Count = Field(
         500, description="known to all: no client has fewer training samples; noise goes by it, and so does not tell how many"
@@ -240,19 +240,19 @@ class Privacy(Section):
     expert: Literal["none", "dp-sgd"] = Field(
         "none", description="dp-sgd: trained on the proxies first, and then on private samples with clipped, noisy gradients"
     )
-    expert_epsilon: Positive = 8.0
-    expert_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    expert_epsilon: Positive = Field(8.0, description="of the expert, for expert = dp-sgd")
+    expert_delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="of the expert, for expert = dp-sgd")
     expert_clip: Positive = Field(1.0, description="largest norm of one sample's gradient")
-    expert_epochs: Count = 10
+    expert_epochs: Count = Field(10, description="how often a sample is drawn on average, for expert = dp-sgd")
     expert_batch_size: Count = Field(250, description="samples of a step, of every min-samples that a client has")
-    expert_learning_rate: Positive = 8e-3
+    expert_learning_rate: Positive = Field(8e-3, description="of AdamW, constant, for expert = dp-sgd")
 
 
 class Compute(Section):
     """What the run may use. Thread counts are fixed because sums in another order give other last digits."""
 
-    client_threads: Count = 1
-    server_threads: Count = 2
+    client_threads: Count = Field(1, description="threads that a client computes with")
+    server_threads: Count = Field(2, description="threads that the server computes with")
     client_device: Device = "auto"
     server_device: Device = "auto"
     precision: Literal["float32", "bfloat16"] = Field(
@@ -272,9 +272,9 @@ class Compute(Section):
 class Settings(Section):
     """Everything that decides what a run computes."""
 
-    preset: str = "glyphs"
+    preset: str = Field("glyphs", description="name of these settings, as results and reports give it")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="the one seed from which every random choice is derived")
-    clients: Count = 3
+    clients: Count = Field(3, description="number of clients (K)")
     quorum: int = Field(
         0, ge=0, description="clients with which a run goes on when others are missing, who are named; 0 is all of them"
     )

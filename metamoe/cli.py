@@ -17,6 +17,7 @@ from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
 from metamoe.cli_deploy import deploy
 from metamoe.cli_model import evaluate, generate, predict
+from metamoe.cli_settings import settings
 from metamoe.cli_simulate import embed, simulate
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
@@ -68,12 +69,12 @@ def presets(
     show_table(console, ["preset", "start it with"], rows)
 
 
-def _check_preset(settings: Settings) -> None:
+def _check_preset(chosen: Settings) -> None:
     with loading():
         from metamoe.check import check_preset
 
     missing = False
-    for finding in check_preset(settings):
+    for finding in check_preset(chosen):
         missing |= not finding.fine
         mark, style = ("ok", "green") if finding.fine else ("missing", "red")
         console.print(f"{mark:>8}", style=style, end="  ")
@@ -82,7 +83,7 @@ def _check_preset(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
-for command in (simulate, embed, benchmark, report, predict, evaluate, generate, presets):
+for command in (simulate, embed, benchmark, report, predict, evaluate, generate, presets, settings):
     app.command()(command)
 for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
     app.add_typer(group, name=name)
