@@ -2,10 +2,13 @@
 
 import atexit
 import gc
+import logging
 import os
 import signal
 import sys
+import tomllib
 import traceback
+from dataclasses import asdict
 from importlib.metadata import version
 from types import FrameType
 from typing import Annotated
@@ -23,7 +26,7 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.loading import loading
 from metamoe.common.presets import preset_names, preset_text
-from metamoe.options import DataDir, Set, console, errors, settings_of
+from metamoe.options import DataDir, Set, configure, console, errors, json_option, log, put_json, settings_of
 from metamoe.show import show_table
 
 app = typer.Typer(
@@ -31,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn experts trained apart into one Mixture-of-Experts, without anybody's data moving.",
-    epilog="METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
+    epilog="--quiet and --verbose come before a command. METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
 )
 
 
@@ -46,8 +49,15 @@ def _options(
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show no progress and no messages: errors and the result alone.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show messages with times, and tracebacks of errors.")] = False,
 ) -> None:
     """Options that come before a command."""
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other")
+    configure(quiet, verbose)
 
 
 def presets(
@@ -57,29 +67,46 @@ def presets(
     ] = None,
     set_: Set = None,
     data_dir: DataDir = None,
+    as_json: Annotated[
+        bool,
+        json_option(
+            "presets (name, command); with a NAME its settings; with --check preset, fine, findings (what, found, fine)"
+        ),
+    ] = False,
 ) -> None:
     """List the presets, print one, or check what one needs before hours are lost; the exit code is 1 if anything is missing."""
     if check is not None:
-        _check_preset(settings_of(check, set_, data_dir))
+        _check_preset(settings_of(check, set_, data_dir), as_json)
+        return
+    if name is not None and as_json:
+        put_json(tomllib.loads(preset_text(name)))
         return
     if name is not None:
         console.print(preset_text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
     rows = [[known, preset_text(known).splitlines()[0].lstrip("# ")] for known in preset_names()]
+    if as_json:
+        put_json({"presets": [{"name": known, "command": command} for known, command in rows]})
+        return
     show_table(console, ["preset", "start it with"], rows)
 
 
-def _check_preset(chosen: Settings) -> None:
+def _check_preset(chosen: Settings, as_json: bool) -> None:
     with loading():
         from metamoe.check import check_preset
 
-    missing = False
+    findings = []
     for finding in check_preset(chosen):
-        missing |= not finding.fine
+        findings.append(finding)
+        if as_json:
+            continue
         mark, style = ("ok", "green") if finding.fine else ("missing", "red")
         console.print(f"{mark:>8}", style=style, end="  ")
         console.print(f"{finding.what}: {finding.found}", markup=False, highlight=False, soft_wrap=True)
-    if missing:
+    fine = all(finding.fine for finding in findings)
+    if as_json:
+        put_json({"preset": chosen.preset, "fine": fine, "findings": [asdict(finding) for finding in findings]})
+    if not fine:
         raise typer.Exit(1)
 
 
@@ -98,7 +125,7 @@ def main() -> None:
     try:
         app()
     except MetaMoEError as error:
-        if os.environ.get("METAMOE_DEBUG"):
+        if os.environ.get("METAMOE_DEBUG") or log.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

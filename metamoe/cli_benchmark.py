@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.loading import loading
-from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.options import DataDir, Preset, Set, console, json_option, log, notes, put_json, settings_of
 from metamoe.show import show_table
 
 
@@ -35,6 +35,7 @@ def benchmark(
     set_: Set = None,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
+    as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
     from metamoe.simulations.benchmark.methods import chosen
@@ -56,9 +57,9 @@ def benchmark(
         from metamoe.simulations.benchmark.tables import method_header, method_rows
 
     plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder)
-    console.print(f"preset {preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
+    log.info("preset %s: %d methods x %d seeds -> %s", preset, len(wanted), seeds, folder)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=3_600) as progress:
+    with Progress(*columns, TextColumn("{task.description}"), console=notes, speed_estimate_period=3_600) as progress:
         task = progress.add_task("preparing", total=None)
 
         def show(done: int, total: int, last: str) -> None:
@@ -66,6 +67,9 @@ def benchmark(
 
         results = run_benchmark(plan, show)
     report_file = write_report(folder)
+    if as_json:
+        put_json({**results.model_dump(mode="json"), "folder": str(folder)})
+        return
     for records in (results.methods, results.ablations):
         if records:
             # Without the test sets, of which there can be many: they are in the report.

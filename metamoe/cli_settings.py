@@ -1,5 +1,6 @@
 """The command ``metamoe settings``."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -7,18 +8,22 @@ from rich.padding import Padding
 from rich.text import Text
 
 from metamoe.described import described, in_groups, markdown, value_text
-from metamoe.options import console
+from metamoe.options import console, json_option, put_json
 
 
 def settings(
     group: Annotated[
         str | None, typer.Argument(help="A group of settings, such as router, or one, such as router.top-k. (default: all)")
     ] = None,
+    as_json: Annotated[bool, json_option("settings (name, group, type, default, choices, allowed in words, about)")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="All settings as a page: docs/settings.md.")] = False,
 ) -> None:
     """Show settings: their defaults, what is allowed, and what they are for. Any can be changed with --set NAME=VALUE."""
     if as_markdown:
         typer.echo(markdown(), nl=False)
+        return
+    if as_json:
+        put_json({"settings": [asdict(setting) for setting in described(group)]})
         return
     # In a file, or for another program, a description is a line.
     soft_wrap = not console.is_terminal

@@ -15,7 +15,7 @@ from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.files import write_atomically
 from metamoe.common.loading import loading
 from metamoe.common.presets import to_toml
-from metamoe.options import DataDir, Preset, Set, console, settings_of
+from metamoe.options import DataDir, Preset, Set, console, json_option, log, notes, put_json, settings_of
 from metamoe.show import show_table
 from metamoe.simulations.prepare import prepare
 
@@ -51,6 +51,7 @@ def simulate(
         Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
     ] = Backend.ray,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Run a federation on this machine: stages 1 to 3, then a table of how good every method is."""
     overrides = list(set_ or [])
@@ -60,13 +61,14 @@ def simulate(
     folder = (out or Path("runs") / Path(preset).stem).absolute()
     _check_folder(folder, overwrite)
     what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
-    console.print(f"{what} -> {folder}", soft_wrap=True)
-    with console.status("preparing data"):
+    log.info("%s -> %s", what, folder)
+    with notes.status("preparing data"):
         _prepare(settings, backend)
+    log.debug("data is prepared")
     # Only now, when nothing more can be found wrong at once, does an earlier run go.
     _clear_folder(folder)
     write_atomically(folder / "settings.toml", to_toml(settings))
-    _simulate(settings, folder, backend)
+    _simulate(settings, folder, backend, as_json)
 
 
 def _prepare(settings: Settings, backend: Backend) -> None:
@@ -78,11 +80,11 @@ def _prepare(settings: Settings, backend: Backend) -> None:
         process.submit(prepare, settings).result()
 
 
-def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
+def _simulate(settings: Settings, folder: Path, backend: Backend, as_json: bool) -> None:
     # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
     from metamoe.progress import live
 
-    with live(settings, folder, console) as board:
+    with live(settings, folder, notes) as board:
         if backend is Backend.ray:
             from metamoe.simulations.flower import run_flower
 
@@ -92,10 +94,14 @@ def _simulate(settings: Settings, folder: Path, backend: Backend) -> None:
                 from metamoe.simulations.local import run_local
 
             run_local(settings, folder)
+        log.debug("all stages are done; evaluating")
         with loading():
             from metamoe.simulations.results import write_results
 
         results = write_results(settings, folder, board.evaluation)
+    if as_json:
+        put_json({**results, "folder": str(folder)})
+        return
     columns = [*results["routing"], "average"]
     rows = [
         [method, *(f"{by_domain[column]:.1f}" for column in columns), f"{results['public_accuracy'][method]:.1f}"]
@@ -119,7 +125,7 @@ def embed(
 
     settings = settings_of(preset, set_, data_dir)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+    with Progress(*columns, console=notes, speed_estimate_period=600) as progress:
         task = progress.add_task("embedding", total=None)
         file = embed_public(settings, ray_address, lambda done, total: progress.update(task, completed=done, total=total))
     console.print(f"embeddings: {file}", soft_wrap=True)
