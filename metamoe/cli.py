@@ -2,10 +2,11 @@
 
 import atexit
 import gc
-import json
+import logging
 import os
 import signal
 import sys
+import tomllib
 import traceback
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from typing import Annotated
 
 import typer
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from metamoe.cli_audit import audit
@@ -26,7 +26,8 @@ from metamoe.cli_simulate import embed, resume, simulate, status
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.presets import preset_names, preset_text
-from metamoe.options import DataDir, Set, console, errors, settings_of
+from metamoe.options import DataDir, Set, configure, console, errors, json_option, log, put_json, settings_of
+from metamoe.show import show_table
 
 _GARBAGE = 50_000
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn experts trained apart into one Mixture-of-Experts, without anybody's data moving.",
-    epilog="METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
+    epilog="--quiet and --verbose come before a command. METAMOE_DEBUG=1 shows tracebacks, METAMOE_CACHE=DIR moves the cache.",
 )
 
 
@@ -50,8 +51,15 @@ def _options(
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show no progress and no messages: errors and the result alone.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show messages with times, and tracebacks of errors.")] = False,
 ) -> None:
     """Options that come before a command."""
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other")
+    configure(quiet, verbose)
 
 
 def presets(
@@ -61,36 +69,51 @@ def presets(
     ] = None,
     set_: Set = None,
     data_dir: DataDir = None,
+    as_json: Annotated[
+        bool,
+        json_option(
+            "presets (name, command); with a NAME its settings; with --check preset, fine, findings (what, found, fine)"
+        ),
+    ] = False,
 ) -> None:
     """List the presets, print one, or check what one needs before hours are lost; the exit code is 1 if anything is missing."""
     if check is not None:
-        _check_preset(settings_of(check, set_, data_dir))
+        _check_preset(settings_of(check, set_, data_dir), as_json)
+        return
+    if name is not None and as_json:
+        put_json(tomllib.loads(preset_text(name)))
         return
     if name is not None:
         console.print(preset_text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
-    table = Table("preset", "start it with")
-    for known in preset_names():
-        table.add_row(known, preset_text(known).splitlines()[0].lstrip("# "))
-    console.print(table)
+    rows = [[known, preset_text(known).splitlines()[0].lstrip("# ")] for known in preset_names()]
+    if as_json:
+        put_json({"presets": [{"name": known, "command": command} for known, command in rows]})
+        return
+    show_table(console, ["preset", "start it with"], rows)
 
 
-def _check_preset(settings: Settings) -> None:
+def _check_preset(chosen: Settings, as_json: bool) -> None:
     from metamoe.check import check_preset
 
-    missing = False
-    for finding in check_preset(settings):
-        missing |= not finding.fine
+    findings = []
+    for finding in check_preset(chosen):
+        findings.append(finding)
+        if as_json:
+            continue
         mark, style = ("ok", "green") if finding.fine else ("missing", "red")
         console.print(f"{mark:>8}", style=style, end="  ")
         console.print(f"{finding.what}: {finding.found}", markup=False, highlight=False, soft_wrap=True)
-    if missing:
+    fine = all(finding.fine for finding in findings)
+    if as_json:
+        put_json({"preset": chosen.preset, "fine": fine, "findings": [asdict(finding) for finding in findings]})
+    if not fine:
         raise typer.Exit(1)
 
 
 def settings(
     group: Annotated[str | None, typer.Argument(help="A group of settings, such as router, or run. (default: all)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for machines.")] = False,
+    as_json: Annotated[bool, json_option("settings, each with group, name, kind, default, about")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/settings.md.")] = False,
 ) -> None:
     """List every setting: what it may be, its default, and what it is for."""
@@ -101,7 +124,7 @@ def settings(
         return
     found = all_settings(group)
     if as_json:
-        typer.echo(json.dumps([asdict(setting) for setting in found], indent=1))
+        put_json({"settings": [asdict(setting) for setting in found]})
         return
     for setting in found:
         console.print(setting.name, style="bold", markup=False, highlight=False, end="")
@@ -126,7 +149,7 @@ def main() -> None:
     try:
         app()
     except MetaMoEError as error:
-        if os.environ.get("METAMOE_DEBUG"):
+        if os.environ.get("METAMOE_DEBUG") or log.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

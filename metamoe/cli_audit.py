@@ -1,16 +1,15 @@
 """The commands ``metamoe audit``: for those who answer for the data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
@@ -23,7 +22,8 @@ from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, 
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.presets import load_settings
-from metamoe.options import Set, console
+from metamoe.options import Set, console, json_option, log, notes, put_json
+from metamoe.show import show_table
 
 audit = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +37,7 @@ _SMALL = (
     *("data.private-samples=100", "data.public-samples=600", "proxies.count=30", "proxies.pool=200"),
     *("expert-training.epochs=1", "router-training.epochs=1"),
 )
+_CHECKED = "verdict, ledgers (name, lines, runs, bytes_sent, bytes_received, key), findings (verdict, where, what)"
 Place = Annotated[Path, typer.Argument(help=_PLACE)]
 
 
@@ -50,32 +51,49 @@ def policy(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the policy to a new file, to be edited and kept.")
     ] = None,
+    as_json: Annotated[
+        bool,
+        json_option("policy, rules (in words), sends (when, artifact, arrays, bytes, allowed)"),
+    ] = False,
 ) -> None:
     """Say in plain language what may leave a client, and what of it a run would send."""
+    if write and write.exists():
+        raise InputFileError(f"{write} exists; a policy is never overwritten, so give another file")
     chosen = load_policy(file) if file else DEFAULT
     settings = load_settings(preset, set_ or [])
     from metamoe.common.model.seed import load_seed
     from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
 
-    for line in policy_lines(chosen):
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
     seed = load_seed(settings.seed_model)
-    table = Table("when", "artifact", "arrays", Column("bytes", justify="right"), "", title=f"a run of {preset} would send")
+    sends: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    styles: dict[int, str] = {}
     for stage in MESSAGE_TYPE:
         by_kind: dict[str, list[Artifact]] = {}
         for artifact in (*reply_artifacts(stage, settings, seed), *AUDIT_ARTIFACTS[stage]):
             by_kind.setdefault(kind_of_array(artifact.name), []).append(artifact)
         for kind, artifacts in by_kind.items():
             forms = f"{len(artifacts)} x" if len(artifacts) > 1 else str(list(artifacts[0].shape))
-            refused = "" if kind in chosen.allow else "refused"
-            size = f"{sum(artifact.bytes for artifact in artifacts):,}"
-            table.add_row(stage, kind, f"{forms} {artifacts[0].dtype}", size, refused, style="red" if refused else None)
-    console.print(table)
+            size, allowed = sum(artifact.bytes for artifact in artifacts), kind in chosen.allow
+            if not allowed:
+                styles[len(rows)] = "red"
+            rows.append([stage, kind, f"{forms} {artifacts[0].dtype}", f"{size:,}", "" if allowed else "refused"])
+            sends.append({"when": stage, "artifact": kind, "arrays": len(artifacts), "bytes": size, "allowed": allowed})
+    if as_json:
+        rules = list(policy_lines(chosen))
+        put_json({"policy": chosen.model_dump(mode="json", by_alias=True), "rules": rules, "sends": sends})
+    else:
+        _show_policy(chosen, preset, rows, styles)
     if write:
-        if write.exists():
-            raise InputFileError(f"{write} exists; a policy is never overwritten, so give another file")
         write_atomically(write, policy_text(chosen))
-        console.print(f"policy: {write}; name it in the node's configuration as policy", soft_wrap=True)
+        log.info("policy: %s; name it in the node's configuration as policy", write)
+
+
+def _show_policy(chosen: Policy, preset: str, rows: Sequence[Sequence[str]], styles: Mapping[int, str]) -> None:
+    for line in policy_lines(chosen):
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    header = ["when", "artifact", "arrays", "bytes", ""]
+    show_table(console, header, rows, title=f"a run of {preset} would send", grouped=True, styles=styles)
 
 
 @audit.command()
@@ -85,20 +103,24 @@ def verify(
         Path | None, typer.Option(help="Public key file (audit.pub) of the ledger's keeper, as you had it from them.")
     ] = None,
     server_key: Annotated[Path | None, typer.Option(help="Public key file (audit.pub) of the server's ledger.")] = None,
+    as_json: Annotated[bool, json_option(_CHECKED)] = False,
 ) -> None:
     """Check ledgers by themselves, offline: every line, hash and signature, the Merkle root of each run, the server's receipts,
     and that nothing was sent that the policy does not allow.
     """
     found = [verified(place, key, server_key) for place in places]
     if key is None:
-        console.print("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
-    _show([ledger for each in found for ledger in each.ledgers], [finding for each in found for finding in each.findings])
+        log.info("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
+    _show(
+        [ledger for each in found for ledger in each.ledgers], [finding for each in found for finding in each.findings], as_json
+    )
 
 
 @audit.command("reconcile")
 def reconcile_(
     place: Annotated[Path, typer.Argument(help="A run's folder with both sides' ledgers; or one client's, with --server.")],
     server: Annotated[Path | None, typer.Option(help="The server's ledger: its folder, a bundle, or the run's folder.")] = None,
+    as_json: Annotated[bool, json_option(_CHECKED)] = False,
 ) -> None:
     """Compare what clients say they sent with what the server says arrived, message by message, array by array. In a run's
     folder with both sides' ledgers every client's has to be there.
@@ -114,7 +136,7 @@ def reconcile_(
     findings += [finding for client in clients for finding in reconcile(client, arrived)]
     if server is None:
         findings += unclaimed(clients, arrived)
-    _show([*clients, arrived], findings)
+    _show([*clients, arrived], findings, as_json)
 
 
 @audit.command()
@@ -124,6 +146,8 @@ def explain(place: Place) -> None:
         clients = [check_ledger(folder) for folder in found.clients]
     if not clients:
         raise InputFileError(f"{place} holds no client's ledger")
+    # In a file, or for another program, a sentence is a line.
+    shown: dict[str, Any] = {"highlight": False, "soft_wrap": not console.is_terminal}
     for client in clients:
         for run in client.runs:
             console.rule(f"{client.name}, run {run[:8]}", align="left")
@@ -133,18 +157,20 @@ def explain(place: Place) -> None:
                 words = EXPLAINED[kind]
                 total = sum(array.bytes for array in arrays)
                 count = f"{len(arrays)} arrays, {total:,} bytes" if len(arrays) > 1 else f"{total:,} bytes"
-                console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", highlight=False)
-                console.print(
-                    f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", highlight=False
-                )
+                console.print(f"[bold]{kind}[/bold] ({count}): {words.what}.", **shown)
+                console.print(f"  computed: {words.how}\n  from: {words.samples}\n  can reveal: {words.reveals}", **shown)
                 if kind in privacy:
-                    console.print(f"  privacy: {coverage_words(privacy[kind])}", highlight=False)
+                    console.print(f"  privacy: {coverage_words(privacy[kind])}", **shown)
 
 
 @audit.command()
 def budget(
     place: Place,
     delta: Annotated[float, typer.Option(min=1e-12, max=0.5, help="Delta at which epsilon is said.")] = 1e-5,
+    as_json: Annotated[
+        bool,
+        json_option(f"{_CHECKED}, delta, budget (client, artifacts, epsilon, limits)"),
+    ] = False,
 ) -> None:
     """Add up the differential privacy that each client has spent, over all its runs: by artifact and in all, and what is
     covered by no epsilon.
@@ -153,20 +179,26 @@ def budget(
         clients = [check_ledger(folder) for folder in found.clients]
     if not clients:
         raise InputFileError(f"{place} holds no client's ledger")
-    table = Table("client", "artifact", "releases", f"epsilon at delta {delta:g}")
+    rows, spent_by = [], []
     for client in clients:
         intents = client.of(Intent)
+        artifacts: list[dict[str, Any]] = []
         for kind, coverage in privacy_of(intents).items():
-            parts = [f"{epsilon_of(coverage.spent, delta):.3f}"] if coverage.spent else []
+            epsilon = epsilon_of(coverage.spent, delta) if coverage.spent else None
+            parts = [f"{epsilon:.3f}"] if epsilon is not None else []
             parts += [f"none for {coverage.exact} of them: exact"] if coverage.exact else []
-            table.add_row(client.name, kind, str(coverage.releases), ", ".join(parts))
+            rows.append([client.name, kind, str(coverage.releases), ", ".join(parts)])
+            artifacts.append({"artifact": kind, "releases": coverage.releases, "exact": coverage.exact, "epsilon": epsilon})
         total = epsilon_of([spent for intent in intents for spent in intent.spent], delta)
-        limits = {f"{p.budget.epsilon:g} at {p.budget.delta:g}" for p in client.policies.values() if p.budget}
-        table.add_row(
-            client.name, "all that is covered", "", f"{total:.3f}, of {', '.join(limits) or 'no limit'}", end_section=True
-        )
-    console.print(table)
-    _show(clients, [finding for client in clients for finding in client.findings])
+        limits = sorted({(p.budget.epsilon, p.budget.delta) for p in client.policies.values() if p.budget})
+        of = ", ".join(f"{epsilon:g} at {at:g}" for epsilon, at in limits)
+        rows.append([client.name, "all that is covered", "", f"{total:.3f}, of {of or 'no limit'}"])
+        named = [{"epsilon": epsilon, "delta": at} for epsilon, at in limits]
+        spent_by.append({"client": client.name, "artifacts": artifacts, "epsilon": total, "limits": named})
+    findings = [finding for client in clients for finding in client.findings]
+    if not as_json:
+        show_table(console, ["client", "artifact", "releases", f"epsilon at delta {delta:g}"], rows, grouped=True)
+    _show(clients, findings, as_json, {"delta": delta, "budget": spent_by})
 
 
 @audit.command()
@@ -215,13 +247,14 @@ def canary(
 
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(TemporaryDirectory()))
-        with console.status("running, and searching what left"):
+        with notes.status("running, and searching what left"):
             found = run_canary(settings, folder.absolute())
     replies = [place for place in found.places if place.startswith("client ")]
     console.print(
         f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
         f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
         highlight=False,
+        soft_wrap=True,
     )
     for hit in found.found:
         console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -241,31 +274,36 @@ def attack(
     client: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Attack this client; repeatable. (default: every client)")
     ] = None,
+    as_json: Annotated[bool, json_option("what attack.json holds")] = False,
 ) -> None:
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
     membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
     """
-    from metamoe.audit.attacks import as_json
+    from metamoe.audit.attacks import as_json as results_json
     from metamoe.audit.attacks import attack as attacked
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(TextColumn("experts, own and shadow"), *columns, console=console) as progress:
+    with Progress(TextColumn("experts, own and shadow"), *columns, console=notes) as progress:
         task = progress.add_task("", total=None)
         results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
     settings = load_settings(str(run / "settings.toml"))
-    write_json(run / "attack.json", as_json(settings, results))
+    written = results_json(settings, results)
+    write_json(run / "attack.json", written)
+    if as_json:
+        put_json(written)
+        return
     privacy = settings.privacy
     title = (
         f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
     )
-    header = ("mean, error", "mean by guesses of N", "class mix, r", "top class")
-    table = Table("client", *header, "loss AUC", "LiRA AUC", "found at 1% false", title=title)
+    header = ("client", "mean, error", "mean by guesses of N", "class mix, r", "top class")
+    rows = []
     for name, result in results.items():
         means = (result.mean_error, result.guessed_error, result.class_mix)
         membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
         shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
-        table.add_row(name, *shown[0], "right" if result.top_class else "wrong", *shown[1])
-    console.print(table)
+        rows.append([name, *shown[0], "right" if result.top_class else "wrong", *shown[1]])
+    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false"], rows, title=title)
 
 
 class Described(StrEnum):
@@ -285,18 +323,29 @@ def schema(
     console.print_json(data=json_schema(models[of]))
 
 
-def _show(checked: Sequence[Checked], findings: Sequence[Finding]) -> None:
-    """A table of the ledgers, what is wrong with them, and the exit code."""
-    counts = (Column(name, justify="right") for name in ("lines", "runs", "bytes sent", "bytes received"))
-    table = Table("ledger", *counts, "public key")
-    for ledger in checked:
-        moved = [sum(array.bytes for entry in of for array in entry.arrays) for of in (ledger.of(Intent), ledger.of(Arrival))]
-        bytes_ = (f"{count:,}" if count else "" for count in moved)
-        table.add_row(ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16])
-    console.print(table)
+def _show(
+    checked: Sequence[Checked], findings: Sequence[Finding], as_json: bool, more: Mapping[str, object] | None = None
+) -> None:
+    """The ledgers, what is wrong with them, and the exit code; as JSON with ``more``."""
+    moved = [
+        [sum(array.bytes for entry in of for array in entry.arrays) for of in (ledger.of(Intent), ledger.of(Arrival))]
+        for ledger in checked
+    ]
+    verdict = worst(findings)
+    if as_json:
+        names = ("name", "lines", "runs", "bytes_sent", "bytes_received", "key")
+        values = [(of.name, len(of.lines), len(of.runs), *counts, of.key) for of, counts in zip(checked, moved, strict=True)]
+        ledgers = [dict(zip(names, ledger, strict=True)) for ledger in values]
+        wrong = [{"verdict": MEANING[f.verdict], "where": f.where, "what": f.what} for f in findings]
+        put_json({"verdict": MEANING[verdict], "ledgers": ledgers, "findings": wrong, **(more or {})})
+        raise typer.Exit(int(verdict))
+    rows = []
+    for ledger, counts in zip(checked, moved, strict=True):
+        bytes_ = (f"{count:,}" if count else "" for count in counts)
+        rows.append([ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16]])
+    show_table(console, ["ledger", "lines", "runs", "bytes sent", "bytes received", "public key"], rows)
     for finding in findings:
         line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-    verdict = worst(findings)
     console.print(MEANING[verdict], style="bold" if verdict is Verdict.FINE else "bold red")
     raise typer.Exit(int(verdict))

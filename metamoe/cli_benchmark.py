@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from metamoe.options import DataDir, Preset, Set, console, settings_of
-from metamoe.show import show_numbers
+from metamoe.options import DataDir, Preset, Set, console, json_option, notes, put_json, settings_of
+from metamoe.show import show_table
 
 _SHOWN = slice(-4, -1)
 """Of a method's columns the average, how much metamoe is better by, and the public samples."""
@@ -37,6 +37,7 @@ def benchmark(
     set_: Set = None,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Benchmark folder. (default: runs/benchmark-PRESET)")] = None,
+    as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Compare methods and ablations over several seeds; stopped and started again, it goes on where it was."""
     from metamoe.comparison import check_names, run_comparison
@@ -46,13 +47,16 @@ def benchmark(
     check_names(override.partition("=")[0].strip() for override in set_ or [])
     settings = settings_of(preset, set_, data_dir)
     command = shlex.join(["metamoe", *sys.argv[1:]])
-    results = run_comparison(settings, _split(methods), _split(ablation), seeds, folder, command, console)
+    results = run_comparison(settings, _split(methods), _split(ablation), seeds, folder, command, notes)
+    if as_json:
+        put_json({**results.model_dump(mode="json"), "folder": str(folder)})
+        return
     for records in (results.methods, results.ablations):
         if records:
             # Without the test sets, of which there can be many: they are in the report.
             name, *columns = method_header(records)
             rows = [[method, *cells[_SHOWN]] for method, *cells in method_rows(records, results.methods.get(REFERENCE))]
-            show_numbers(console, "accuracy, %", [name, *columns[_SHOWN]], rows)
+            show_table(console, [name, *columns[_SHOWN]], rows)
     console.print(
         f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / 'report.html'}", soft_wrap=True
     )

@@ -1,15 +1,17 @@
 """The commands ``metamoe client``: for those who hold data."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
+from metamoe.cli_deploy import DOCTOR_FIELDS, common_of, show_examined
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.presets import load_settings
-from metamoe.options import Set, console
+from metamoe.options import Set, console, json_option, notes, put_json
+from metamoe.show import show_table
 
 client = typer.Typer(no_args_is_help=True, help="For those who hold data: what is in it, and what of it would leave.")
 
@@ -22,6 +24,10 @@ def check(
     ],
     preset: Annotated[str, typer.Option(help="Preset or TOML file of the run, which decides what would be sent.")] = "glyphs",
     set_: Set = None,
+    as_json: Annotated[
+        bool,
+        json_option("fine, kind, counts (by split and class), sent (when, name, dtype, shape, bytes), bytes, wrong"),
+    ] = False,
 ) -> None:
     """Look through a data folder before its node connects: counts, unreadable files, class names, and what would be sent. The
     exit code is 1 if anything is wrong.
@@ -33,28 +39,29 @@ def check(
     from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts
 
     questions = settings.data.source == "questions"
-    with console.status("opening every file"):
+    with notes.status("opening every file"):
         report = check_questions(folder) if questions else check_folder(folder)
-    counts = Table("questions" if questions else "class", *report.counts, title="questions" if questions else "images")
-    for name in sorted({name for by_class in report.counts.values() for name in by_class}):
-        counts.add_row(name, *(str(by_class.get(name, 0)) for by_class in report.counts.values()))
-    console.print(counts)
+    kind = "questions" if questions else "images"
     wrong = list(report.wrong)
     if not questions:
         known = set(known_classes(settings.data))
-        names = report.counts["train"]
-        wrong += [f"class {name!r} is neither in data.classes nor public" for name in names if name not in known]
+        trained = report.counts["train"]
+        wrong += [f"class {name!r} is neither in data.classes nor public" for name in trained if name not in known]
     seed = load_seed(settings.seed_model)
-    sent = Table(
-        "when", Column("array", overflow="fold"), "form", "bytes", title="what would be sent, however many samples there are"
-    )
-    total = 0
-    for kind in MESSAGE_TYPE:
-        for artifact in reply_artifacts(kind, settings, seed):
-            sent.add_row(kind, artifact.name, f"{artifact.dtype} {list(artifact.shape)}", f"{artifact.bytes:,}")
-            total += artifact.bytes
-    sent.add_row("", "in all", "", f"{total:,}")
-    console.print(sent)
+    artifacts = [(stage, artifact) for stage in MESSAGE_TYPE for artifact in reply_artifacts(stage, settings, seed)]
+    if as_json:
+        arrays = [{"when": stage, **asdict(artifact), "bytes": artifact.bytes} for stage, artifact in artifacts]
+        size = sum(artifact.bytes for _, artifact in artifacts)
+        found = {"fine": not wrong, "kind": kind, "counts": report.counts, "sent": arrays, "bytes": size, "wrong": wrong}
+        put_json(found)
+        raise typer.Exit(bool(wrong))
+    names = sorted({name for by_class in report.counts.values() for name in by_class})
+    counts = [[name, *(str(by_class.get(name, 0)) for by_class in report.counts.values())] for name in names]
+    show_table(console, ["questions" if questions else "class", *report.counts], counts, title=kind)
+    sent = [[stage, a.name, f"{a.dtype} {list(a.shape)}", f"{a.bytes:,}"] for stage, a in artifacts]
+    sent.append(["", "in all", "", f"{sum(artifact.bytes for _, artifact in artifacts):,}"])
+    title = "what would be sent, however many samples there are"
+    show_table(console, ["when", "array", "form", "bytes"], sent, title=title, grouped=True)
     for line in wrong:
         console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if wrong:
@@ -68,18 +75,18 @@ def doctor(
     preset: Annotated[
         str, typer.Option(help="Preset or TOML file of the run, for the hashes of seed model and data.")
     ] = "glyphs",
+    as_json: Annotated[bool, json_option(DOCTOR_FIELDS)] = False,
 ) -> None:
     """Say what is wrong with a client whose server is elsewhere: keys, certificates, the server, the clock; and show what must
     be the same for all parties. The exit code is 1 if anything is wrong.
     """
-    from metamoe.cli_deploy import show_common, show_findings
     from metamoe.deploy.doctor import examine_client
 
     host, _, port = superlink.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidSettingError(f"--superlink {superlink} is not of the form HOST:PORT")
-    show_common(load_settings(preset))
-    show_findings(examine_client(folder.absolute(), host, int(port), datetime.now(UTC)))
+    alike = common_of(load_settings(preset))
+    show_examined(alike, examine_client(folder.absolute(), host, int(port), datetime.now(UTC)), as_json)
 
 
 @client.command()

@@ -1,7 +1,8 @@
 """The commands ``metamoe deploy``: a federation of separate processes, over TLS."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -9,19 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically
 from metamoe.common.presets import load_settings, to_toml
-from metamoe.options import Preset, Set, console
+from metamoe.options import Preset, Set, console, json_option, notes, put_json
+from metamoe.show import show_table
 
 if TYPE_CHECKING:
     from metamoe.deploy.doctor import Finding
 
 deploy = typer.Typer(no_args_is_help=True, help="A federation whose server and clients are separate processes, over TLS.")
 
+DOCTOR_FIELDS = "fine, alike (what must be the same for all parties), findings (what, problem: empty if it is well)"
 Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
 
 
@@ -45,7 +47,7 @@ def up(folder: Folder) -> None:
     """Start whatever of a federation does not run, as processes on this machine, and wait until all clients are online."""
     from metamoe.deploy.processes import up
 
-    with console.status("starting") as shown:
+    with notes.status("starting") as shown:
         up(folder.absolute(), shown.update)
     status(folder)
 
@@ -55,23 +57,28 @@ def down(folder: Folder) -> None:
     """Stop a federation's processes. What clients keep stays."""
     from metamoe.deploy.processes import down
 
-    with console.status("stopping"):
+    with notes.status("stopping"):
         stopped = down(folder.absolute())
     console.print(f"stopped: {', '.join(stopped) or 'nothing was running'}")
 
 
 @deploy.command()
-def status(folder: Folder) -> None:
+def status(
+    folder: Folder,
+    as_json: Annotated[bool, json_option("fine, parties (name, running, node, online)")] = False,
+) -> None:
     """Show what runs and which clients the server sees; exit code 1 if anything is missing."""
     from metamoe.deploy.processes import status
 
-    with console.status("asking the server"):
+    with notes.status("asking the server"):
         parties = status(folder.absolute())
-    table = Table("party", "processes", "node", "the server sees it")
-    for party in parties:
-        table.add_row(party.name, "running" if party.running else "down", party.node, "yes" if party.online else "no")
-    console.print(table)
-    if not all(party.running and party.online for party in parties):
+    fine = all(party.running and party.online for party in parties)
+    if as_json:
+        put_json({"fine": fine, "parties": [asdict(party) for party in parties]})
+        raise typer.Exit(not fine)
+    rows = [[p.name, "running" if p.running else "down", p.node, "yes" if p.online else "no"] for p in parties]
+    show_table(console, ["party", "processes", "node", "the server sees it"], rows)
+    if not fine:
         raise typer.Exit(1)
 
 
@@ -88,7 +95,7 @@ def register(
     if public_key:
         console.print(f"node {register(folder.absolute(), public_key)}")
         return
-    with console.status("asking the server") as shown:
+    with notes.status("asking the server") as shown:
         new = register_clients(folder.absolute(), shown.update)
     console.print(f"registered: {', '.join(new) or 'all were before'}")
 
@@ -125,7 +132,7 @@ def resume(
         raise InputFileError(f"{target} holds no settings.toml, so there is no run to go on with")
     settings = load_settings(str(target / "settings.toml"))
     if not (target / "server" / "summary.json").is_file():
-        show_standing(target, settings, console)
+        show_standing(target, settings, notes)
     _follow(folder, settings, target)
 
 
@@ -141,7 +148,7 @@ def _follow(folder: Path, settings: Settings, target: Path) -> None:
     from metamoe.deploy.processes import submit, with_names
     from metamoe.progress import live
 
-    with live(settings, target, console):
+    with live(settings, target, notes):
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"
     for missing in json.loads(summary.read_text())["missing"]:
@@ -156,39 +163,40 @@ def doctor(
     preset: Annotated[
         str, typer.Option(help="Preset or TOML file of the run, for the hashes of seed model and data.")
     ] = "glyphs",
+    as_json: Annotated[bool, json_option(DOCTOR_FIELDS)] = False,
 ) -> None:
     """Say what is wrong with a federation: certificates, keys, modes, port, clock, clients; and show what must be the same for
     all parties. The exit code is 1 if anything is wrong.
     """
     from metamoe.deploy.doctor import examine
 
-    show_common(load_settings(preset))
-    show_findings(examine(folder.absolute(), datetime.now(UTC)))
+    show_examined(common_of(load_settings(preset)), examine(folder.absolute(), datetime.now(UTC)), as_json)
 
 
-def show_common(settings: Settings) -> None:
-    """Print what server and clients must hold alike, to be compared with what the others see."""
+def common_of(settings: Settings) -> dict[str, str]:
+    """What server and clients must hold alike, to be compared with what the others see."""
     from metamoe.common.data.datasets import public_fingerprint
     from metamoe.common.model.seed import load_seed
     from metamoe.common.wire import PROTOCOL
 
-    with console.status("hashing seed model and public set"):
+    with notes.status("hashing seed model and public set"):
         seed, public = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
-    alike = Table("the same for all parties", Column("here", overflow="fold"))
-    alike.add_row("version", f"{version('metamoe-fl')}, protocol {PROTOCOL}")
-    alike.add_row("seed model", seed)
-    alike.add_row("public set", public)
-    console.print(alike)
+    return {"version": f"{version('metamoe-fl')}, protocol {PROTOCOL}", "seed model": seed, "public set": public}
 
 
-def show_findings(findings: Sequence["Finding"]) -> None:
-    """Print what a doctor found.
+def show_examined(alike: Mapping[str, str], findings: Sequence["Finding"], as_json: bool) -> None:
+    """Print what must be the same for all parties, and what a doctor found.
 
     Raises:
         typer.Exit: with code 1, if anything is wrong.
     """
+    fine = not any(finding.problem for finding in findings)
+    if as_json:
+        put_json({"fine": fine, "alike": alike, "findings": [asdict(finding) for finding in findings]})
+        raise typer.Exit(not fine)
+    show_table(console, ["the same for all parties", "here"], [[what, here] for what, here in alike.items()])
     for finding in findings:
         mark = "[red]wrong[/red] " if finding.problem else "[green]fine[/green]  "
         console.print(f"{mark}{escape(f'{finding.what} {finding.problem}')}", soft_wrap=True, highlight=False)
-    if any(finding.problem for finding in findings):
+    if not fine:
         raise typer.Exit(1)

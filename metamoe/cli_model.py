@@ -1,5 +1,6 @@
 """The commands that ask a unified model."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InvalidSettingError
-from metamoe.options import console, errors
+from metamoe.options import console, json_option, log, notes, put_json
 
 
 class Task(StrEnum):
@@ -22,6 +23,10 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
     classes: Annotated[Path | None, typer.Option(help="Text file with the class names to choose among, one a line.")] = None,
+    as_json: Annotated[
+        bool,
+        json_option("a line an image: image, classes (name, probability), experts (each one's share of tokens)"),
+    ] = False,
 ) -> None:
     """Name the most likely classes of images, and show which experts their tokens went to."""
     from metamoe.common.model.artifact import load_model
@@ -30,6 +35,10 @@ def predict(
     loaded = load_model(model)
     names = read_class_names(classes) if classes else loaded.manifest.classes
     for prediction in predict_images(loaded, images, names, class_texts(loaded, names), top):
+        if as_json:
+            classes_ = [{"name": name, "probability": probability} for name, probability in prediction.classes]
+            put_json({"image": str(prediction.image), "classes": classes_, "experts": dict(prediction.experts)})
+            continue
         console.print(str(prediction.image), style="bold", markup=False, highlight=False, soft_wrap=True)
         for name, probability in prediction.classes:
             console.print(f"  {probability:6.1%}  {name}", markup=False, soft_wrap=True)
@@ -43,6 +52,10 @@ def evaluate(
         Path, typer.Option(help="A folder with a folder of images for each class, or a file of questions (.jsonl, .jsonl.gz).")
     ],
     task: Annotated[Task | None, typer.Option(help="What the model must be for. (default: what it is for)")] = None,
+    as_json: Annotated[
+        bool,
+        json_option("task, percent (accuracy), interval, count (samples), experts (each one's share of tokens)"),
+    ] = False,
 ) -> None:
     """Measure a unified model on labelled samples of your own: accuracy with its 95% interval, and which experts were used."""
     from metamoe.ask import evaluate_on
@@ -52,8 +65,11 @@ def evaluate(
     own = Task.images if loaded.seed.is_image_model else Task.questions
     if task not in (None, own):
         raise InvalidSettingError(f"--task {task}: {model} is a model for {own}")
-    with console.status("evaluating"):
+    with notes.status("evaluating"):
         result = evaluate_on(loaded, data)
+    if as_json:
+        put_json({"task": own, **asdict(result), "experts": dict(result.experts)})
+        return
     low, high = result.interval
     console.print(f"accuracy: {result.percent:.1f}% [{low:.1f}, {high:.1f}] on {result.count} {own}", markup=False)
     shares = ", ".join(f"{expert} {share:.1%}" for expert, share in result.experts if share > 0)
@@ -77,4 +93,4 @@ def generate(
         experts[expert] += 1
     typer.echo()
     asked = ", ".join(f"{expert} {count / experts.total():.0%}" for expert, count in experts.most_common())
-    errors.print(f"tokens went to: {asked}", markup=False, soft_wrap=True)
+    log.info("tokens went to: %s", asked)

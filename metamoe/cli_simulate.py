@@ -1,5 +1,6 @@
 """The commands that run a federation on this machine."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metamoe.common.config import Settings
 from metamoe.common.presets import load_settings
-from metamoe.options import DataDir, Preset, Set, console, settings_of
-from metamoe.show import show_numbers
+from metamoe.options import DataDir, Preset, Set, console, json_option, notes, put_json, settings_of
+from metamoe.show import show_table
 from metamoe.simulation import Backend, resume_simulation, run_simulation
 
 
@@ -24,6 +25,7 @@ def simulate(
         Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
     ] = Backend.ray,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Run a federation on this machine: stages 1 to 3, then a table of how good every method is."""
     overrides = list(set_ or [])
@@ -31,25 +33,31 @@ def simulate(
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = settings_of(preset, overrides, data_dir)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
-    _show(run_simulation(settings, folder, backend, overwrite, console), settings, folder)
+    _show(run_simulation(settings, folder, backend, overwrite, notes), settings, folder, as_json)
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of a run that did not come to its end.")],
+    as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Go on with a simulation that was stopped or killed: where it was, to the same bits, with the settings in its folder."""
     folder = run.absolute()
-    results = resume_simulation(folder, console)
-    _show(results, load_settings(str(folder / "settings.toml")), folder)
+    results = resume_simulation(folder, notes)
+    _show(results, load_settings(str(folder / "settings.toml")), folder, as_json)
 
 
 def status(
     run: Annotated[Path, typer.Argument(help="Folder of a run, also of one that is going on.")],
+    as_json: Annotated[bool, json_option("state, stages, clients, waiting, last")] = False,
 ) -> None:
     """Show where a run is: what is done, how far each client's training is, and who is waited for since when."""
     from metamoe.status import run_status
 
     found = run_status(run.absolute())
+    if as_json:
+        waiting = {name: since.isoformat() for name, since in found.waiting.items()}
+        put_json({**asdict(found), "waiting": waiting, "last": found.last.isoformat() if found.last else None})
+        return
     console.print(f"{run}: {found.state}", highlight=False, soft_wrap=True)
     for stage, (done, total) in found.stages.items():
         console.print(f"  {stage:<8} {done} of {total}", highlight=False)
@@ -63,14 +71,17 @@ def status(
         console.print(f"'metamoe resume {run}' goes on with it", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(results: dict[str, Any], settings: Settings, folder: Path) -> None:
+def _show(results: dict[str, Any], settings: Settings, folder: Path, as_json: bool) -> None:
+    if as_json:
+        put_json({**results, "folder": str(folder)})
+        return
     columns = [*results["routing"], "average"]
     rows = [
         [method, *(f"{by_domain[column]:.1f}" for column in columns), f"{results['public_accuracy'][method]:.1f}"]
         for method, by_domain in results["accuracy"].items()
     ]
     title = f"accuracy on {settings.data.evaluate_on} data, %"
-    show_numbers(console, title, ["method", *columns, "public, held out"], rows)
+    show_table(console, ["method", *columns, "public, held out"], rows, title=title)
     console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
 
 
@@ -87,7 +98,7 @@ def embed(
 
     settings = settings_of(preset, set_, data_dir)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+    with Progress(*columns, console=notes, speed_estimate_period=600) as progress:
         task = progress.add_task("embedding", total=None)
         file = embed_public(settings, ray_address, lambda done, total: progress.update(task, completed=done, total=total))
     console.print(f"embeddings: {file}", soft_wrap=True)

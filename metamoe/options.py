@@ -1,17 +1,27 @@
-"""What several commands share: where they write, and the options that settings come from."""
+"""What several commands share: where they write, and the options that settings come from.
 
-from collections.abc import Sequence
+A command's result goes to standard output, as text by ``console`` or as JSON by :func:`put_json`. Progress (``notes``) and
+messages (``log``) go to standard error, and ``--quiet`` leaves them out.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+from typer.models import OptionInfo
 
 from metamoe.common.config import Settings
 from metamoe.common.presets import load_settings, with_absolute_paths
 
 console = Console()
+notes = Console(stderr=True)
 errors = Console(stderr=True)
+log = logging.getLogger("metamoe")
 
 Preset = Annotated[str, typer.Option(help="Name of a preset (see 'metamoe presets') or a TOML file of settings.")]
 Set = Annotated[
@@ -21,6 +31,34 @@ Set = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Where domains and public set lie, a folder each, in place of the hub (data.folder).")
 ]
+
+
+class _Lines(logging.Handler):
+    """Log lines above whatever progress is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes.print(Text(self.format(record)), soft_wrap=True)
+
+
+def configure(quiet: bool, verbose: bool) -> None:
+    """Set up what is said beside results: nothing with ``quiet``; with ``verbose`` more, and with times."""
+    notes.quiet = quiet
+    lines = _Lines()
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s" if verbose else "%(message)s"))
+    log.handlers[:] = [lines]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def json_option(fields: str) -> OptionInfo:
+    """The option ``--json`` of a command whose object has these fields."""
+    option: OptionInfo = typer.Option("--json", help=f"Print JSON, and nothing else, to standard output: {fields}.")
+    return option
+
+
+def put_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own."""
+    typer.echo(json.dumps(data, ensure_ascii=False))
 
 
 def settings_of(preset: str, overrides: Sequence[str] | None, data_dir: Path | None = None) -> Settings:

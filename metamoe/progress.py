@@ -101,7 +101,8 @@ class Lines:
 
     def evaluation(self, done: int, total: int) -> None:
         """Say that the final table is being made."""
-        self.show(Event("evaluate", done, total))
+        if not done:
+            self._say(f"{_STAGES['evaluate'].strip()}: {total} evaluations")
 
     def tick(self) -> None:
         """Once a minute, say what is going on."""

@@ -58,7 +58,8 @@ def run_simulation(
     """
     _check_folder(folder, overwrite)
     if console:
-        console.print(f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend} -> {folder}")
+        what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
+        console.print(f"{what} -> {folder}", soft_wrap=True)
     with console.status("preparing data") if console else nullcontext():
         prepare(settings) if backend is Backend.local else prepare_apart(settings)
     # Only now, when nothing more can be found wrong at once, does an earlier run go.

@@ -41,7 +41,7 @@ def test_the_page_in_the_docs_is_this_one() -> None:
 
 def test_the_command(run_metamoe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_metamoe("settings", "lora", "--json") == 0
-    assert [setting["name"] for setting in json.loads(capsys.readouterr().out)] == [
+    assert [setting["name"] for setting in json.loads(capsys.readouterr().out)["settings"]] == [
         "lora.rank",
         "lora.alpha",
         "lora.first-layer",

@@ -139,7 +139,9 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     assert "unrestricted-moe" in capsys.readouterr().out
 
     outcomes = {file: file.stat().st_mtime_ns for file in (out / "outcomes").iterdir()}
-    assert run_metamoe(*arguments, "--methods", "metamoe") == 0
+    assert run_metamoe(*arguments, "--methods", "metamoe", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {**json.loads((out / "results.json").read_text()), "folder": str(out)}
     assert {file: file.stat().st_mtime_ns for file in (out / "outcomes").iterdir()} == outcomes
     # What was done earlier is shown too.
     assert read_results(out).methods == results.methods
