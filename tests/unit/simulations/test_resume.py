@@ -119,13 +119,15 @@ def test_stopped_while_the_server_works(
     check(tmp_path, small, expected)
 
 
-def test_stopped_at_every_reply_in_turn(small: Settings, tmp_path: Path, expected: str) -> None:
+def test_stopped_at_every_reply_in_turn(small: Settings, tmp_path: Path, expected: str, run_metamoe) -> None:
     """One run, nine times ended: what has arrived is not asked for again, but who each node is."""
     for stage in ("profile", "expert", "deliver"):
         for client in range(3):
             run_until(small, tmp_path, lambda *at, now=(stage, client, "after"): at == now)
     run_local(small, tmp_path)
     check(tmp_path, small, expected)
+    assert run_metamoe("audit", "report", str(tmp_path)) == 0
+    assert "sent again, to the byte, 9 times, as the run was interrupted" in (tmp_path / "audit" / "client-0.html").read_text()
     for name in small.client_names:
         epochs = [event.done for event, _ in read_events(tmp_path / "clients" / name / "events.jsonl")]
         # An expert that was trained is read, which is one event more.
