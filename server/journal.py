@@ -11,17 +11,20 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError, StateFileError
 
 JOURNAL = "journal.jsonl"
-_HASH_DIGITS = 16
+_HASH = "hash"
 
 
 def journal_line(values: Mapping[str, Any]) -> bytes:
-    """A line of the journal: the hash of what it says, and that as JSON."""
-    text = json.dumps(values, sort_keys=True).encode()
-    return f"{_text_hash(text)} ".encode() + text + b"\n"
+    """A line of the journal: what it says as JSON, with the hash of all else in it."""
+    return _json({**values, _HASH: _hash(values)}) + b"\n"
 
 
-def _text_hash(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:_HASH_DIGITS]
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json(values)).hexdigest()
 
 
 def read_journal(out: Path) -> list[dict[str, Any]]:
@@ -36,11 +39,14 @@ def read_journal(out: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise StateFileError(f"{file} cannot be read: {error}") from error
     lines = []
-    for line in raw:
-        digest, _, text = line.partition(b" ")
-        if _text_hash(text) != digest.decode(errors="replace"):
+    for text in raw:
+        try:
+            line = json.loads(text)
+        except ValueError:
             break
-        lines.append(json.loads(text))
+        if not isinstance(line, dict) or line.pop(_HASH, None) != _hash(line):
+            break
+        lines.append(line)
     if raw and not lines:
         raise StateFileError(f"{file} is damaged at its beginning, so the run cannot go on; begin another one")
     return lines

@@ -120,7 +120,7 @@ def shape_of(file: Path) -> Any:
             return [masked(json.loads(line)) for line in file.read_text().splitlines()]
         case ".safetensors":
             with safe_open(file, "np") as arrays:
-                return {name: arrays.get_slice(name).get_shape() for name in arrays.keys()}, arrays.metadata()  # noqa: SIM118
+                return {name: arrays.get_slice(name).get_shape() for name in arrays.keys()}, masked(arrays.metadata())  # noqa: SIM118
     return file.stat().st_size
 
 
