@@ -62,7 +62,7 @@ def status(
     for stage, (done, total) in found.stages.items():
         console.print(f"  {stage:<8} {done} of {total}", highlight=False)
     for name, (done, total) in found.clients.items():
-        console.print(f"  {name}: {done} of {total} epochs", highlight=False, markup=False)
+        console.print(f"  {name}: {done} of {total} of its training", highlight=False, markup=False)
     for name, since in found.waiting.items():
         console.print(f"  waiting for {name} since {since:%H:%M:%S}", highlight=False, markup=False)
     if found.last:

@@ -1,6 +1,5 @@
 """Every setting: name, what it may be, default, what for; read from the settings themselves."""
 
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -65,7 +64,7 @@ def as_markdown() -> str:
 
 
 def _about(group: str) -> str:
-    field = next((f for name, f in Settings.model_fields.items() if f.alias == group), None)
+    field = next((field for field in Settings.model_fields.values() if field.alias == group), None)
     section = field.annotation if field else Settings
     return " ".join((section.__doc__ or "").split())
 
@@ -114,8 +113,6 @@ def _type_words(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_type_words(get_args(annotation)[0])}"
-    if origin in (types.UnionType,):
-        return " | ".join(_type_words(part) for part in get_args(annotation))
     if hasattr(annotation, "__metadata__"):
         return _type_words(get_args(annotation)[0])
     return _KINDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -131,3 +131,31 @@ def test_a_private_expert_is_not_taken_for_another(private: Settings, tmp_path: 
     other = answer("expert", request(changed(private, ["privacy.expert-epsilon=3"])), site)
     assert all((first[name] == again[name]).all() for name in first)
     assert any((first[name] != other[name]).any() for name in first)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_stopped_it_goes_on_with_the_same_samples_and_noise(private: Settings, tmp_path: Path, stop: int) -> None:
+    """Another stream of random numbers, as a deployed client has in another process, changes nothing of what was begun."""
+    # Within an epoch a state is due at once.
+    settings = changed(private, ["expert-training.checkpoint-minutes=1e-9"])
+    seed, data = load_seed(settings.seed_model), load_private(settings, 0, "train")
+    start = rounded(random_expert(seed, settings, 0))
+    space = label_space(class_names(data), class_names(load_public(settings.data)))
+    taken: list[int] = []
+
+    def run(kept: Path | None, number: int, until: int | None = None) -> Expert:
+        def progress(step: int, _total: int) -> None:
+            if step == until:
+                raise KeyboardInterrupt
+            taken.append(step)
+
+        rng = np.random.default_rng(number)
+        return train_with_privacy(seed, settings, data, space, start, Mechanism(1.0, 0.5, 12), rng, progress, kept)
+
+    whole = run(None, 0)
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 0, stop)
+    rest = run(tmp_path, 1)
+    assert all(torch.equal(rest[name], whole[name]) for name in whole)
+    assert taken == list(range(13))
