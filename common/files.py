@@ -1,6 +1,7 @@
 """Writing so that a reader sees the whole file or none of it."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from metamoe.common.errors import RunFailedError, StateFileError
 
+_LOCK = ".lock"
 _MOMENT = 0.5
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -81,7 +83,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / _LOCK)
         # Who only asks whether somebody does holds it for a moment.
         lock.acquire(timeout=_MOMENT)
     except Timeout as error:
@@ -112,14 +114,19 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def worked_on(folder: Path) -> bool:
-    """Whether a process works in a folder, by :func:`alone`."""
-    if not folder.is_dir():
+    """Whether a process works in a folder, by :func:`alone`; the folder need not be one that can be written."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
-        with alone(folder):
-            return False
-    except RunFailedError:
+        # What the lock of alone() is made of; shared, so that those who only ask do not see each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _beside(path: Path) -> Path:

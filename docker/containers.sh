@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Builds the images, runs preset glyphs at reduced size through a server and three clients, each in containers of its own, and shows that
-# a client's app reaches its SuperNode and nothing else.
+# Builds the images, runs preset glyphs at reduced size through a server and three clients, each in containers of its own, kills some of
+# them on the way, and shows that the run goes on to the right model, and that a client's app reaches its SuperNode and nothing else.
 #
 #   docker/containers.sh [FOLDER]     FOLDER: new or empty, for keys, states and results (runs/containers)
 #
 #   ENGINE     docker or podman                                      (docker)
 #   COMPOSE    what reads compose files with it                      (docker compose, podman-compose)
 #   BUILD=no   take the images as they are
+#   KILL       what kills a process of this machine, where that takes more than being who one is   (kill -KILL)
 #   and the variables of compose.yaml and common.yaml. Without a package index: pip download -d docker/wheels -c constraints.txt
 #   "setuptools>=77" . and then PIP_NO_INDEX=1
 set -euo pipefail
@@ -43,10 +44,44 @@ for _ in {1..60}; do
     inside superlink metamoe deploy register /federation && break
     sleep 2
 done
-inside superlink metamoe deploy run /federation --preset glyphs --out /federation/runs/first \
-    --set data.private-samples=200 --set data.public-samples=4000 --set proxies.count=50 --set proxies.pool=1000 \
-    --set expert-training.epochs=2 --set router-training.epochs=1
-echo "keys, start, and run: $((SECONDS - begin)) s"
+settings=(--preset glyphs --set data.private-samples=200 --set data.public-samples=4000 --set proxies.count=50 --set proxies.pool=1000
+    --set expert-training.epochs=20 --set router-training.epochs=1)
+run() { inside superlink metamoe deploy run /federation --out "/federation/runs/$1" "${settings[@]}" "${@:2}"; }
+training() { until grep -q '"expert"' "$folder/federation/runs/$1/events.jsonl" 2> /dev/null; do kill -0 $running; sleep 0.2; done; }
+# As a crash would, of which the engine is not told: it starts the container again.
+container() { "$ENGINE" ps -q --filter label=com.docker.compose.project=metamoe-trial --filter "label=com.docker.compose.service=$1"; }
+crash() { ${KILL:-kill -KILL} "$("$ENGINE" inspect --format '{{.State.Pid}}' "$(container "$1")")"; }
+
+# A client's SuperNode crashes: the server waits for it, and the run comes to its end.
+run first & running=$!
+training first
+crash supernode-0
+wait $running
+echo "keys, start, and a run with a crash: $((SECONDS - begin)) s"
+
+# The server crashes, and another client's app: the run is resumed.
+run second --set seed=1 & running=$!
+training second
+crash clientapp-1
+crash superlink
+wait $running || true
+for _ in {1..60}; do
+    inside superlink metamoe deploy resume /federation /federation/runs/second && break
+    sleep 5
+done
+
+# Models of the same settings that nothing disturbed.
+for number in 0 1; do
+    names=(first second)
+    "$ENGINE" run --rm --network none --read-only --tmpfs /tmp --cap-drop ALL --user "$METAMOE_USER" metamoe-fl-server:0.1.0 \
+        sh -c 'metamoe --quiet simulate --backend local --out /tmp/run "$@" > /dev/null && cat /tmp/run/server/summary.json' - \
+        "${settings[@]}" --set "seed=$number" > "$folder/undisturbed-$number.json"
+    python3 - "$folder/undisturbed-$number.json" "$folder/federation/runs/${names[number]}/server/summary.json" << 'END'
+import json, sys
+undisturbed, crashed = (json.load(open(file))["model"] for file in sys.argv[1:])
+sys.exit(None if undisturbed == crashed else f"after a crash another model: {crashed} in place of {undisturbed}")
+END
+done
 
 # Every address of every other container, by name and by number, the gateways, and the world.
 numbers='import psutil; print(*(a.address for n in psutil.net_if_addrs().values() for a in n if a.family == 2 and a.address != "127.0.0.1"))'

@@ -1,16 +1,19 @@
-"""A disk that fills up while a run goes on: a named error, nothing half, and after more room the same model."""
+"""A disk that fills up or can only be read: a named error, nothing half, and after more room the same model."""
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from metamoe.common.audit.verify import Verdict
 from metamoe.common.config import Settings
 from metamoe.common.errors import LedgerError, MetaMoEError, StateFileError
 from metamoe.common.model.artifact import load_model
+from metamoe.common.presets import to_toml
 from metamoe.simulations.local import run_local
-from tests.unit.simulations.test_resume import check
+from tests.unit.simulations.test_resume import check, run_until
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +50,36 @@ def test_a_disk_that_is_full_again_and_again(small: Settings, finished: Path, sm
     assert len(failures) > 5
     assert {type(error) for error in failures} <= {StateFileError, LedgerError}
     check(out, small, load_model(finished / "model").manifest.model_hash)
+
+
+@pytest.mark.parametrize("stage", ["profile", "expert", "deliver"])
+@pytest.mark.parametrize(("part", "error"), [("", StateFileError), ("clients", LedgerError)])
+def test_a_folder_that_can_only_be_read(
+    small: Settings, finished: Path, small_disk: Path, run_metamoe, stage: str, part: str, error: type[MetaMoEError]
+) -> None:
+    """All of an interrupted run, or what belongs to clients: it says so, can still be read, and goes on when it may write."""
+    out, files = small_disk / "run", ["model/manifest.json", "server/journal.jsonl"]
+    resize(small_disk, 8_000)
+    out.mkdir()
+    (out / "settings.toml").write_text(to_toml(small))
+    run_until(small, out, lambda *at: at == (stage, 1, "before"))
+    before = {name: (out / name).read_bytes() for name in files if (out / name).is_file()}
+    with read_only(out / part):
+        assert run_metamoe("resume", str(out)) == error.exit_code
+        assert run_metamoe("status", str(out)) == 0
+        assert run_metamoe("audit", "verify", str(out)) == Verdict.INCOMPLETE
+        # The server may have got further where it is a client that cannot write.
+        assert all((out / name).read_bytes().startswith(content) for name, content in before.items())
+    assert run_metamoe("resume", str(out)) == 0
+    check(out, small, load_model(finished / "model").manifest.model_hash)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder that nobody can write, root neither."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
