@@ -21,6 +21,7 @@ from metamoe.client.profile import profile
 from metamoe.client.site import Site
 from metamoe.common.compute import derived_seed, threads
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import label_space, load_private, load_public, no_progress_bars
 from metamoe.common.data.tasks import all_pixels, batches, class_names, input_batches, labels_in
 from metamoe.common.errors import InputFileError
@@ -216,7 +217,7 @@ def likelihood_ratio(
     with no_progress_bars():
         everything = concatenate_datasets([private, held.cast(private.features)])
     space = label_space(class_names(private), class_names(public))
-    start = train_expert(seed, settings, client, [proxies], space, _quietly) if settings.privacy.expert == "dp-sgd" else None
+    start = train_expert(seed, settings, client, [proxies], space, unwatched) if settings.privacy.expert == "dp-sgd" else None
     inside, seen = np.zeros((shadows, len(everything)), dtype=bool), np.zeros((shadows, len(everything)))
     for shadow in range(shadows):
         progress(shadow, shadows)
@@ -225,9 +226,9 @@ def likelihood_ratio(
         members = everything.select(np.flatnonzero(inside[shadow]))
         if start is not None:
             mechanism = expert_mechanism(settings)
-            trained = train_with_privacy(seed, settings, members, space, start, mechanism, rng, _quietly)
+            trained = train_with_privacy(seed, settings, members, space, start, mechanism, rng, unwatched)
         else:
-            trained = train_expert(seed, settings, client, expert_samples(settings, members, proxies), space, _quietly)
+            trained = train_expert(seed, settings, client, expert_samples(settings, members, proxies), space, unwatched)
         seen[shadow] = confidence(seed, settings, trained, everything, private, public)
     progress(shadows, shadows)
     own = confidence(seed, settings, expert, everything, private, public)
@@ -249,10 +250,6 @@ def _auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.nda
 
 def _rate_at(members: np.ndarray, others: np.ndarray, false_positives: float = 0.01) -> float:
     return float((members > np.quantile(others, 1 - false_positives)).mean())
-
-
-def _quietly(_done: int, _total: int) -> None:
-    """No progress within one expert."""
 
 
 def _shifted(progress: Callable[[int, int], None], before: int, total: int, done: int, _own: int) -> None:

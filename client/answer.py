@@ -87,7 +87,8 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
     samples = expert_samples(settings, private, public.select(ids))
     space = label_space(class_names(private), class_names(public))
     progress = partial(events, "expert", client=name)
-    stored = folder / "experts" / expert_key(seed, settings, site.client, samples, space)
+    validation = private_samples(settings, site, "validation") if settings.expert_training.evaluate_every else None
+    stored = folder / "experts" / expert_key(seed, settings, site.client, samples, space, validation)
     stored.parent.mkdir(parents=True, exist_ok=True)
     # An expert that was trained before, in another run or by another process just now, is not trained again.
     with FileLock(f"{stored}.lock"):
@@ -100,10 +101,10 @@ def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder:
                 start = train_expert(seed, settings, site.client, samples[1:], space, progress, kept=kept / "proxies")
                 rng, mechanism = site.noise(settings.seed, 2), expert_mechanism(settings)
                 expert = train_with_privacy(
-                    seed, settings, private, space, start, mechanism, rng, progress, kept=kept / "private"
+                    seed, settings, private, space, start, mechanism, rng, progress, kept / "private", validation
                 )
             else:
-                expert = train_expert(seed, settings, site.client, samples, space, progress, kept=kept)
+                expert = train_expert(seed, settings, site.client, samples, space, progress, kept=kept, validation=validation)
             with replaced_folder(stored) as new:
                 save_adapter(new, seed, settings.lora, expert)
                 write_json(new / "proxies.json", ids.tolist())

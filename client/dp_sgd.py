@@ -1,7 +1,7 @@
 """Training an expert with differential privacy: DP-SGD (Abadi et al. 2016) on its LoRA parameters, by Opacus."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from metamoe.client.expert import validated
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.config import Settings
-from metamoe.common.data.tasks import all_pixels, labels_in
+from metamoe.common.curve import LOSS, RATE, Progress
+from metamoe.common.data.tasks import all_pixels, labels_in, samples_of
 from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
@@ -27,8 +29,9 @@ def train_with_privacy(
     start: Expert,
     mechanism: Mechanism,
     rng: np.random.Generator,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     kept: Path | None = None,
+    validation: Dataset | None = None,
 ) -> Expert:
     """Go on from an expert that no private sample has touched, with clipped and noisy gradients of the private samples.
 
@@ -44,9 +47,10 @@ def train_with_privacy(
         start: the expert to go on from.
         mechanism: of :func:`metamoe.common.privacy.expert_mechanism`.
         rng: where sampling and noise come from.
-        progress: called with steps done and in all.
+        progress: told of steps done and in all, with each one's loss, which like the data is the client's own.
         kept: folder for the state of this training, from which a stopped one goes on with the same samples and noise, so that
             no step is taken twice in different ways; None to keep none.
+        validation: what ``expert-training.evaluate-every`` looks at, for the client's eyes alone; None for no validation.
 
     Returns:
         The expert as it is sent, in float16.
@@ -70,13 +74,18 @@ def train_with_privacy(
         generator=generator,
     )
     checkpoint = Checkpoint(kept, settings.expert_training.checkpoint_minutes, parameters, optimizer, generator)
-    begun, per_epoch = checkpoint.restore(), -(-mechanism.steps // privacy.expert_epochs)
+    begun, _ = checkpoint.restore()
+    per_epoch = -(-mechanism.steps // privacy.expert_epochs)
+    every = settings.expert_training.evaluate_every * per_epoch
+    held_out = samples_of(seed, settings.data, [validation], space) if validation is not None and every else None
+    metrics = {RATE: privacy.expert_learning_rate}
     if begun:
         rng.bit_generator.state = begun["rng"]
     for step in range(begun.get("step", 0), mechanism.steps):
         if step % per_epoch == 0 or checkpoint.due():
             checkpoint.save({"step": step, "rng": rng.bit_generator.state})
-        progress(step, mechanism.steps)
+        found = validated(model, held_out) if held_out and step and step % every == 0 else {}
+        progress(step, mechanism.steps, metrics=metrics | found)
         chosen = torch.from_numpy(np.flatnonzero(rng.random(len(labels)) < mechanism.sampling_rate))
         optimizer.zero_grad(set_to_none=True)
         if len(chosen):
@@ -84,12 +93,14 @@ def train_with_privacy(
             with warnings.catch_warnings():
                 # The lowest matrices get inputs that need no gradient: torch warns of it at every step, and it does no harm.
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
-                F.cross_entropy(logits, labels[chosen]).backward()
+                loss = F.cross_entropy(logits, labels[chosen])
+                loss.backward()
+            metrics[LOSS] = loss.item()
         else:
             # The noise is added all the same: that nobody was chosen is not to be seen either.
             for parameter in parameters:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.step()
-    progress(mechanism.steps, mechanism.steps)
+    progress(mechanism.steps, mechanism.steps, metrics=metrics | (validated(model, held_out) if held_out else {}))
     observed.remove_hooks()
     return rounded(expert_of(model))

@@ -2,19 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import ExpertTraining, Settings
+from metamoe.common.curve import VALIDATION_ACCURACY, VALIDATION_LOSS, Curve, Progress
 from metamoe.common.data.datasets import fingerprint
-from metamoe.common.data.tasks import in_parts, input_batches, samples_of
+from metamoe.common.data.tasks import Samples, accuracy, in_parts, input_batches, samples_of
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
 from metamoe.common.model.seed import Seed
@@ -34,9 +37,10 @@ def train_expert(
     client: int,
     samples: Sequence[Dataset],
     space: Sequence[str],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     start: Expert | None = None,
     kept: Path | None = None,
+    validation: Dataset | None = None,
 ) -> Expert:
     """Train LoRA on the feed-forward sublayers: by cross-entropy against the class names' text features, or by the next-token
     loss on the answers of questions.
@@ -48,9 +52,10 @@ def train_expert(
         samples: the data sets of :func:`expert_samples`.
         space: the class names told apart: private and public ones in one label space, whatever it is trained on; of questions
             none.
-        progress: called with epochs done and in all.
+        progress: told of every epoch.
         start: the expert to go on from; None for a new one.
         kept: folder for the state of this training, from which a stopped one goes on; None to keep none.
+        validation: what ``expert-training.evaluate-every`` and ``patience`` go by; None for no validation.
 
     Returns:
         The expert as it is sent, in float16.
@@ -66,24 +71,54 @@ def train_expert(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(training.optimizer, [{"params": parameters, "lr": training.learning_rate}], training.weight_decay)
     steps = -(-count // training.batch_size) * training.epochs
+    validate = None
+    if validation is not None and training.evaluate_every:
+        validate = partial(validated, model, samples_of(seed, settings.data, [validation], space))
+    curve = Curve(progress, parameters, validate, training.evaluate_every, training.patience)
     checkpoint = Checkpoint(kept, training.checkpoint_minutes, parameters, optimizer, generator)
-    for step, rows in checkpoint.steps(training.epochs, count, training.batch_size, progress):
-        optimizer.param_groups[0]["lr"] = training.learning_rate * _rate(training, steps, step)
+    for step, rows in checkpoint.steps(training.epochs, count, training.batch_size, curve):
+        rate = training.learning_rate * _rate(training, steps, step)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
+        losses = []
         for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
-            (share * batch.loss(model, encode(model, batch.inputs))).backward()
+            loss = share * batch.loss(model, encode(model, batch.inputs))
+            loss.backward()
+            losses.append(loss.detach())
         optimizer.step()
+        curve.step(torch.stack(losses).sum(), rate)
     return rounded(expert_of(model))
 
 
-def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Dataset], space: Sequence[str]) -> str:
+@torch.inference_mode()
+def validated(model: PreTrainedModel, samples: Samples) -> dict[str, float]:
+    """Mean loss on samples as in training, ``validation-loss``, and accuracy in percent, ``validation-accuracy``."""
+    loss = 0.0
+    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
+        for batch, _, share in in_parts(samples, rows, 0):
+            loss += share * len(rows) * batch.loss(model, encode(model, batch.inputs)).item()
+    percent = accuracy(lambda batch: batch.scores(model, encode(model, batch.inputs)), samples)
+    return {VALIDATION_LOSS: loss / len(samples.answers), VALIDATION_ACCURACY: percent}
+
+
+def expert_key(
+    seed: Seed,
+    settings: Settings,
+    client: int,
+    samples: Sequence[Dataset],
+    space: Sequence[str],
+    validation: Dataset | None = None,
+) -> str:
     """Hash of everything that decides what :func:`train_expert` returns: where it is the same, an expert need not be trained
     again.
     """
+    training = settings.expert_training
+    early = (training.evaluate_every, training.patience, fingerprint(validation)) if validation and training.patience else None
     made_of = (
         seed.fingerprint,
         settings.lora.model_dump(),
-        settings.expert_training.model_dump(exclude={"checkpoint_minutes"}),
+        training.model_dump(exclude={"checkpoint_minutes", "evaluate_every", "patience"}),
+        early,
         (settings.compute.precision, settings.compute.micro_batch_size),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,

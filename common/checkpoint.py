@@ -1,7 +1,7 @@
 """Training that can be stopped at any moment and goes on to the same bits."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from metamoe.common.arrays import read_arrays, write_arrays
+from metamoe.common.curve import Curve
 from metamoe.common.errors import StateFileError
 
 _KEPT = 2
+_OTHERS = "other."
 
 
 class Checkpoint:
@@ -40,7 +42,7 @@ class Checkpoint:
         self._parameters, self._optimizer, self._generator = parameters, optimizer, generator
         self._saved = time.monotonic()
 
-    def steps(self, epochs: int, count: int, size: int, progress: Callable[[int, int], None]) -> Iterator[tuple[int, Tensor]]:
+    def steps(self, epochs: int, count: int, size: int, curve: Curve) -> Iterator[tuple[int, Tensor]]:
         """The steps of a training that are left: number of the step from the very beginning, and rows of its batch.
 
         Every epoch is another permutation of ``count`` samples in batches of ``size``. A step counts as done, and may be saved,
@@ -50,13 +52,17 @@ class Checkpoint:
             epochs: in all.
             count: of samples.
             size: of a batch.
-            progress: called with epochs done and in all.
+            curve: told of every epoch; its state is kept with the training's, and it may end it.
         """
-        begun = self.restore()
+        begun, tensors = self.restore()
+        if begun:
+            curve.restore(begun["curve"], tensors)
         per_epoch = -(-count // size)
         first = begun.get("step", 0)
+        curve.begin(first // per_epoch, epochs)
         for epoch in range(first // per_epoch, epochs):
-            progress(epoch, epochs)
+            if curve.ended:
+                break
             before = self._generator.get_state()
             for number, rows in enumerate(torch.randperm(count, generator=self._generator).split(size)):
                 step = epoch * per_epoch + number
@@ -64,24 +70,33 @@ class Checkpoint:
                     continue
                 yield step, rows
                 if number + 1 < per_epoch and self.due():
-                    self.save({"step": step + 1}, before)
-            self.save({"step": (epoch + 1) * per_epoch})
-        progress(epochs, epochs)
+                    self._save_step(step + 1, curve, before)
+            curve.epoch(epoch + 1, epochs)
+            self._save_step((epoch + 1) * per_epoch, curve)
+        curve.end(epochs)
+
+    def _save_step(self, step: int, curve: Curve, generator_state: Tensor | None = None) -> None:
+        about, tensors = curve.state()
+        self.save({"step": step, "curve": about}, generator_state, tensors)
 
     def due(self) -> bool:
         """Whether the last state is as old as the settings allow."""
         return bool(self._seconds) and time.monotonic() - self._saved >= self._seconds
 
-    def save(self, about: dict[str, Any], generator_state: Tensor | None = None) -> None:
+    def save(
+        self, about: dict[str, Any], generator_state: Tensor | None = None, others: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write the state as it is now.
 
         Args:
             about: how far the training is, as JSON; :meth:`restore` gives it back.
             generator_state: the generator's, where it is not the present one.
+            others: tensors to keep beside; :meth:`restore` gives them back.
         """
         if self._folder is None:
             return
-        tensors = {f"parameter.{i}": tensor for i, tensor in enumerate(self._parameters)}
+        tensors = {f"{_OTHERS}{name}": tensor for name, tensor in (others or {}).items()}
+        tensors |= {f"parameter.{i}": tensor for i, tensor in enumerate(self._parameters)}
         for i, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
         tensors["generator"] = self._generator.get_state() if generator_state is None else generator_state
@@ -94,22 +109,24 @@ class Checkpoint:
             file.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
-    def restore(self) -> dict[str, Any]:
-        """Take over the newest state that is whole; what :meth:`save` was told about it, or nothing where there is none."""
+    def restore(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Take over the newest state that is whole; what :meth:`save` was told about it, and given beside, or nothing where
+        there is none.
+        """
         for file in reversed(self._files()):
             # An older state, or none, is as good but for the time: a damaged one is not worth a failure.
             with suppress(StateFileError):
                 arrays, about = read_arrays(file)
-                self._take(arrays)
-                return about
-        return {}
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                self._take(tensors)
+                return about, {n.removeprefix(_OTHERS): t for n, t in tensors.items() if n.startswith(_OTHERS)}
+        return {}, {}
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors")) if self._folder is not None and self._folder.is_dir() else []
 
     @torch.no_grad()
-    def _take(self, arrays: dict[str, Any]) -> None:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
         state: dict[int, dict[str, Tensor]] = {}

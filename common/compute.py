@@ -1,5 +1,6 @@
 """What a computation runs on and with: threads, devices, precision, optimizers, and seeds for its randomness."""
 
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -49,6 +50,14 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """While open, nothing on this device is computed in less than the precision of its inputs."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def peak_memory() -> dict[str, int]:
+    """The largest memory that this process has had, in bytes: ``host``, and of GPUs that it used ``card``, all together."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["card"] = sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
+    return peak
 
 
 def optimizer_of(name: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:

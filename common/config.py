@@ -133,11 +133,30 @@ class ExpertTraining(Section):
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its value")
     optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "constant"] = Field("linear", description="after warm-up: falling to zero, or constant")
+    evaluate_every: int = Field(
+        0,
+        ge=0,
+        description="epochs between two looks at the client's own validation samples, shown to the client alone; 0 is none",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="looks at the validation samples without a smaller loss after which training ends, with what had the "
+        "smallest; 0 is never",
+    )
     checkpoint_minutes: NonNegative = Field(
         5.0,
         description="between two states of a training on disk, from which a stopped one goes on, beside that of every epoch; 0 "
         "is none within an epoch",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpertTraining":
+        if self.patience and not self.evaluate_every:
+            raise ValueError(
+                f"expert-training.patience = {self.patience} goes by validation; set expert-training.evaluate-every, as to 1"
+            )
+        return self
 
 
 class Experts(Section):
@@ -359,6 +378,11 @@ class Settings(Section):
             raise ValueError(
                 f"privacy.expert = dp-sgd with expert-training.samples = {self.expert_training.samples}: it starts from the "
                 "proxies and goes on with private samples; set expert-training.samples = aligned"
+            )
+        if self.privacy.expert == "dp-sgd" and self.expert_training.patience:
+            raise ValueError(
+                f"privacy.expert = dp-sgd with expert-training.patience = {self.expert_training.patience}: when training ends "
+                "would tell of validation samples, which the noise does not cover; set patience = 0"
             )
         if self.privacy.expert == "dp-sgd" and self.privacy.vectors == "none" and self.proxies.selection != "random":
             raise ValueError(

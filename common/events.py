@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from pathlib import Path
 class Event:
     """``done`` of ``total`` steps of ``stage``, at the server or (in its own folder) at a client.
 
-    ``client`` is the one that the server has just heard from, and ``time`` when the event was written, in seconds since 1970.
+    ``client`` is the one that the server has just heard from, ``time`` when the event was written, in seconds since 1970, and
+    ``metrics`` what a training measured since the event before, by name: loss, learning rate, validation.
     """
 
     stage: str
@@ -19,6 +20,7 @@ class Event:
     total: int
     client: str = ""
     time: float = field(default=0.0, compare=False)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class EventLog:
@@ -28,9 +30,9 @@ class EventLog:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, stage: str, done: int, total: int, client: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int, client: str = "", metrics: Mapping[str, float] | None = None) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(asdict(Event(stage, done, total, client, time.time()))) + "\n")
+            file.write(json.dumps(asdict(Event(stage, done, total, client, time.time(), dict(metrics or {})))) + "\n")
 
 
 def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
@@ -44,4 +46,4 @@ def read_events(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             start += len(line)
             values = json.loads(line)
-            yield Event(values["stage"], values["done"], values["total"], values["client"], values["time"]), start
+            yield Event(**values), start

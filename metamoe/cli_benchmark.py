@@ -63,12 +63,16 @@ def benchmark(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that 'metamoe benchmark' wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run that has come to its end, or of a benchmark.")],
 ) -> None:
-    """Write a benchmark's results as one self-contained HTML page, report.html in its folder."""
-    from metamoe.simulations.benchmark.report import write_report
+    """Write a run's or a benchmark's results as one self-contained HTML page, report.html in its folder."""
+    # A run has a server's part; a benchmark has not.
+    if (folder / "server").is_dir():
+        from metamoe.simulations.page import write_run_page as write
+    else:
+        from metamoe.simulations.benchmark.report import write_report as write
 
-    console.print(f"report: {write_report(folder)}", soft_wrap=True)
+    console.print(f"report: {write(folder)}", soft_wrap=True)
 
 
 def _split(values: list[str] | None) -> list[str]:

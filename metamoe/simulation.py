@@ -22,6 +22,7 @@ _RUN = (
     "events.jsonl",
     "results.json",
     "report.md",
+    "report.html",
     "model",
     "server",
     "clients",

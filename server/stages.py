@@ -141,6 +141,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                 "merged": state.notes("unify")[-1]["merged"],
                 "timings": state.times("wall"),
                 "cpu_seconds": state.times("cpu"),
+                "peak_memory": state.peak_memory(),
                 "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},
             },
         )

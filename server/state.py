@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from metamoe.common.arrays import arrays_hash, read_arrays, write_arrays
+from metamoe.common.compute import peak_memory
 from metamoe.common.config import Settings
 from metamoe.common.errors import StateFileError
 from metamoe.common.files import write_atomically
@@ -129,7 +130,7 @@ class RunState:
     def took(self, stage: str, begun: tuple[float, float]) -> None:
         """Note how long a stage took, by what :func:`clocks` said at its beginning."""
         wall, cpu = clocks()
-        self.note("time", stage=stage, wall=wall - begun[0], cpu=cpu - begun[1])
+        self.note("time", stage=stage, wall=wall - begun[0], cpu=cpu - begun[1], memory=peak_memory())
 
     def times(self, which: str) -> dict[str, float]:
         """Seconds (``wall`` or ``cpu``) of each stage, all sittings together."""
@@ -137,6 +138,13 @@ class RunState:
         for line in self.notes("time"):
             total[line["stage"]] = total.get(line["stage"], 0.0) + line[which]
         return {stage: round(seconds, 3) for stage, seconds in total.items()}
+
+    def peak_memory(self) -> dict[str, int]:
+        """The largest memory of any sitting, see :func:`metamoe.common.compute.peak_memory`."""
+        largest: dict[str, int] = {}
+        for line in self.notes("time"):
+            largest |= {what: max(size, largest.get(what, 0)) for what, size in line["memory"].items()}
+        return largest
 
     def _reply_file(self, kind: Kind, name: str) -> Path:
         return self._out / "server" / "replies" / kind / f"{name}.safetensors"

@@ -1,6 +1,6 @@
 """Stage 3: assemble one Mixture-of-Experts and train its router on the proxies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import Settings
+from metamoe.common.curve import Curve, Progress
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import class_names, in_parts, input_batches, samples_of
 from metamoe.common.fisher import shrunk_covariance
@@ -121,7 +122,7 @@ def train_router(
     seed: Seed,
     settings: Settings,
     samples: Sequence[Dataset],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     kept: Path | None = None,
 ) -> None:
     """Train routers, experts, or both, as the settings say; the model is changed in place.
@@ -130,7 +131,7 @@ def train_router(
         model: the unified model.
         seed, settings: the run's.
         samples: see :func:`router_samples`; the k-th data set is the k-th expert's, which is what provenance teaches.
-        progress: called with epochs done and in all.
+        progress: told of every epoch.
         kept: folder for the state of this training, from which a stopped one goes on; None to keep none.
     """
     training = settings.router_training
@@ -154,8 +155,10 @@ def train_router(
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     checkpoint = Checkpoint(kept, settings.expert_training.checkpoint_minutes, trained, optimizer, generator)
-    for _, rows in checkpoint.steps(training.epochs, len(owners), training.batch_size, progress):
+    curve = Curve(progress)
+    for _, rows in checkpoint.steps(training.epochs, len(owners), training.batch_size, curve):
         optimizer.zero_grad(set_to_none=True)
+        taken = []
         for batch, part, share in in_parts(own, rows, settings.compute.micro_batch_size):
             encoded, decisions = model(batch.inputs)
             losses = []
@@ -166,8 +169,11 @@ def train_router(
                 mask = batch.inputs.prompt.to(encoded.device) if isinstance(batch.inputs, Tokens) else None
                 found = torch.stack([provenance_loss(decision, clients, mask) for decision in decisions]).mean()
                 losses.append(len(part) / len(rows) * found)
-            torch.stack(losses).sum().backward()
+            loss = torch.stack(losses).sum()
+            loss.backward()
+            taken.append(loss.detach())
         optimizer.step()
+        curve.step(torch.stack(taken).sum(), training.learning_rate)
         for router in model.routers:
             router.clamp_context()
 
@@ -178,7 +184,7 @@ def unify(
     experts: Sequence[Expert],
     routers: Sequence[RouterWeights],
     samples: Sequence[Dataset],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     kept: Path | None = None,
 ) -> UnifiedWeights:
     """Stage 3 from the initial routers on: the unified model, its training, and its weights as they are stored.
@@ -188,7 +194,7 @@ def unify(
         experts: each client's.
         routers: see :func:`initial_routers`.
         samples: see :func:`router_samples`.
-        progress: called with epochs done and in all.
+        progress: told of every epoch.
         kept: see :func:`train_router`.
     """
     model = UnifiedModel(seed, experts, settings.lora, settings.router, routers)

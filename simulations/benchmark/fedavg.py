@@ -14,6 +14,7 @@ from metamoe.client.expert import train_expert
 from metamoe.common.arrays import read_arrays, write_arrays
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import class_names
 from metamoe.common.errors import StateFileError
@@ -65,7 +66,7 @@ def federated_average(
         own = settings.model_copy(update={"expert_training": local, "seed": order})
         replies = []
         for client, (data, space) in enumerate(zip(private, spaces, strict=True)):
-            trained = train_expert(seed, own, client, [data], space, lambda _done, _total: None, start=shared)
+            trained = train_expert(seed, own, client, [data], space, unwatched, start=shared)
             replies.append(_reply(trained, len(data)))
         record = aggregate_arrayrecords(replies, _COUNT)
         shared = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}

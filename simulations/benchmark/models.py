@@ -16,6 +16,7 @@ from filelock import FileLock
 from metamoe.client.app import respond
 from metamoe.client.site import Site
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public
 from metamoe.common.data.tasks import accuracy
 from metamoe.common.files import cache_folder, replaced_folder, write_json
@@ -161,7 +162,7 @@ def _pooled(
             trained = settings.model_copy(update={"router_training": settings.router_training.model_copy(update=_POOLED)})
             samples = router_samples(trained, load_public(settings.data), private)
             started = time.process_time()
-            weights = unify(seed, trained, experts, routers, samples, _quietly)
+            weights = unify(seed, trained, experts, routers, samples, unwatched)
             spent = time.process_time() - started
             save_model(target, seed, settings, settings.client_names, [], weights)
             write_json(times, {"cpu_seconds": round(spent, 3)})
@@ -245,7 +246,3 @@ def _cache(name: str) -> Path:
 
 def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _quietly(_done: int, _total: int) -> None:
-    """No progress within a part."""

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from metamoe.common.curve import LOSS, RATE, VALIDATION_ACCURACY, VALIDATION_LOSS
+from metamoe.common.events import Event
 from metamoe.simulations.benchmark.tables import REFERENCE, Record, mean_and_deviation, paired_difference
 
 ORACLE = "oracle"  # it is told which domain an image is of, so nothing that can be used competes with it
@@ -25,6 +27,9 @@ KINDS = {
     "pools private data": ("D", VERMILION, "white"),
     "is told each image's domain": ("s", GREY, "white"),
 }
+LINES = (BLUE, ORANGE, GREEN, VERMILION, "#cc79a7", "#56b4e9", "#f0e442", INK)
+_MARKED = 50
+"""From so many points on, a line has no dots."""
 SELECTIONS = {
     "random": ("at random", ORANGE),
     "relevance": ("by relevance alone", GREEN),
@@ -104,10 +109,19 @@ def gains_picture(ablations: Mapping[str, Record], reference: Record) -> bytes:
 def routing_picture(record: Record) -> bytes:
     """Share of the tokens at each expert, for each test set and each layer that decides; mean over the seeds."""
     tests = mean_routing(record)
-    shares = np.concatenate(list(tests.values()))
+    return share_picture(np.concatenate(list(tests.values())), list(tests), record.expert_names)
+
+
+def share_picture(shares: np.ndarray, tests: Sequence[str], experts: Sequence[str]) -> bytes:
+    """Shares of tokens as a heat map, a row for each test set and, below each other, each layer that decides.
+
+    Args:
+        shares: [tests x layers, experts].
+        tests, experts: their names.
+    """
     rows, columns = shares.shape
     layers = rows // len(tests)
-    names = [_label(name, 24) for name in record.expert_names]
+    names = [_label(name, 24) for name in experts]
     labels = [f"{test} · {layer + 1}" if layers > 1 else test for test in tests for layer in range(layers)]
     figure = Figure(figsize=(min(WIDTH, 2.2 + 0.75 * columns), 1.3 + 0.3 * rows), layout="constrained")
     axes = figure.subplots()
@@ -126,6 +140,36 @@ def routing_picture(record: Record) -> bytes:
     axes.set_xlabel("expert")
     axes.set_ylabel("test set" if layers == 1 else "test set · layer")
     axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def curve_picture(curves: Mapping[str, Sequence[Event]], unit: str) -> bytes:
+    """Trainings in one picture: their loss, dashed that on validation samples, and beside it validation accuracy, or without
+    one the learning rate.
+
+    Args:
+        curves: of each training its events, which have metrics.
+        unit: what is counted along the axis: epochs or steps.
+    """
+    looked = any(VALIDATION_ACCURACY in event.metrics for events in curves.values() for event in events)
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    losses, others = figure.subplots(1, 2)
+    for axes, drawn, title in (
+        (losses, {LOSS: "-", VALIDATION_LOSS: "--"}, "loss" + (", dashed: validation" if looked else "")),
+        (others, {VALIDATION_ACCURACY: "-"}, "validation accuracy, %") if looked else (others, {RATE: "-"}, "learning rate"),
+    ):
+        for number, (name, events) in enumerate(curves.items()):
+            for metric, line in drawn.items():
+                having = [event for event in events if metric in event.metrics]
+                label = _label(name, 20) if metric == LOSS and len(curves) <= len(LINES) else None
+                x, y = [event.done for event in having], [event.metrics[metric] for event in having]
+                axes.plot(x, y, line, marker="." if len(x) < _MARKED else "", color=LINES[number % len(LINES)], label=label)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(unit)
+        axes.grid(color="#dfe3e8", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if 1 < len(curves) <= len(LINES):
+        figure.legend(loc="outside lower center", ncols=min(5, len(curves)), frameon=False, fontsize=10)
     return _png(figure)
 
 

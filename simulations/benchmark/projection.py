@@ -10,6 +10,7 @@ from metamoe.client.profile import profile
 from metamoe.client.site import Site
 from metamoe.common.compute import threads
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public, public_fingerprint
 from metamoe.common.data.tasks import input_batches
 from metamoe.common.model.inputs import embed
@@ -28,7 +29,7 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
     """
     seed, public = load_seed(settings.seed_model), load_public(settings.data)
     with threads(settings.compute.server_threads):
-        features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), _quietly)[:, -1]
+        features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), unwatched)[:, -1]
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
         profiles = {
@@ -45,10 +46,6 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
             groups = {"private": own} | {how: features[picked[how][client].ids] for how in _SELECTIONS}
             maps[name] = _tsne(groups)
     return maps
-
-
-def _quietly(_done: int, _total: int) -> None:
-    """No progress within a picture."""
 
 
 def _selecting(settings: Settings, how: str) -> Settings:

@@ -277,9 +277,19 @@ def record_table(
 
 
 def picture(png: bytes, alt: str) -> Html:
-    """A picture in the page itself."""
+    """A drawing of :mod:`metamoe.simulations.benchmark.pictures` in the page itself."""
     with Image.open(BytesIO(png)) as image:
-        width = round(image.width * PIXELS_PER_INCH / DPI)
+        return _embedded(png, round(image.width * PIXELS_PER_INCH / DPI), alt)
+
+
+def png_picture(image: Image.Image, alt: str) -> Html:
+    """An image in the page itself, pixel by pixel."""
+    stream = BytesIO()
+    image.save(stream, "PNG")
+    return _embedded(stream.getvalue(), image.width, alt)
+
+
+def _embedded(png: bytes, width: int, alt: str) -> Html:
     data = base64.b64encode(png).decode()
     return tag("div", Html(f'<img src="data:image/png;base64,{data}" width="{width}" alt="{html.escape(alt)}">'), class_="wide")
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 from metamoe.client.answer import answer
 from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.site import Site, site_of
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import label_space, load_private, load_public
 from metamoe.common.data.tasks import all_pixels, class_names, labels_in
 from metamoe.common.errors import PrivateDataError
@@ -38,7 +40,7 @@ def trained(settings: Settings, noise: float, steps: int, **privacy: float) -> t
     start = rounded(random_expert(seed, settings, 0))
     space = label_space(class_names(data), class_names(load_public(settings.data)))
     mechanism, rng = Mechanism(noise, 1.0, steps), np.random.default_rng(0)
-    return start, train_with_privacy(seed, settings, data, space, start, mechanism, rng, lambda *_: None)
+    return start, train_with_privacy(seed, settings, data, space, start, mechanism, rng, unwatched)
 
 
 def loss(settings: Settings, expert: Expert) -> float:
@@ -94,7 +96,7 @@ def test_a_step_without_samples_is_a_step_of_noise(private: Settings) -> None:
     space = label_space(class_names(data), class_names(load_public(private.data)))
     start = rounded(random_expert(seed, private, 0))
     nobody = Mechanism(1.0, 1e-12, 2)
-    expert = train_with_privacy(seed, private, data, space, start, nobody, np.random.default_rng(0), lambda *_: None)
+    expert = train_with_privacy(seed, private, data, space, start, nobody, np.random.default_rng(0), unwatched)
     assert all((start[name] != expert[name]).any() for name in start)
 
 
@@ -144,7 +146,7 @@ def test_stopped_it_goes_on_with_the_same_samples_and_noise(private: Settings, t
     taken: list[int] = []
 
     def run(kept: Path | None, number: int, until: int | None = None) -> Expert:
-        def progress(step: int, _total: int) -> None:
+        def progress(step: int, _total: int, **_: object) -> None:
             if step == until:
                 raise KeyboardInterrupt
             taken.append(step)
@@ -159,3 +161,24 @@ def test_stopped_it_goes_on_with_the_same_samples_and_noise(private: Settings, t
     rest = run(tmp_path, 1)
     assert all(torch.equal(rest[name], whole[name]) for name in whole)
     assert taken == list(range(13))
+
+
+def test_its_curve_has_each_steps_loss_and_validation_by_epochs(private: Settings) -> None:
+    settings = changed(private, ["expert-training.evaluate-every=1"])
+    seed, data = load_seed(settings.seed_model), load_private(settings, 0, "train")
+    held_out = load_private(settings, 0, "validation").select(range(20))
+    space = label_space(class_names(data), class_names(held_out), class_names(load_public(settings.data)))
+    told: list[tuple[int, dict[str, float]]] = []
+
+    def run(validation: Dataset | None) -> Expert:
+        start, rng = rounded(random_expert(seed, settings, 0)), np.random.default_rng(0)
+        progress = lambda done, _total, *, metrics: told.append((done, dict(metrics)))  # noqa: E731
+        return train_with_privacy(
+            seed, settings, data, space, start, Mechanism(1.0, 0.5, 6), rng, progress, validation=validation
+        )
+
+    watched = run(held_out)
+    assert [done for done, metrics in told if "validation-accuracy" in metrics] == [3, 6]
+    assert all(metrics["loss"] > 0 for _, metrics in told[1:])
+    unseen = run(None)
+    assert all(torch.equal(watched[name], unseen[name]) for name in watched)

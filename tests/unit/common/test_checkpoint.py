@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import optimizer_of
+from metamoe.common.curve import Curve, unwatched
 
 EPOCHS, COUNT, SIZE = 3, 10, 4
 STEPS = EPOCHS * 3
@@ -24,7 +25,7 @@ def train(folder: Path | None, optimizer: str, stop: int | None = None, minutes:
     generator = torch.Generator().manual_seed(2)
     optimizing = optimizer_of(optimizer, [{"params": [weight], "lr": 0.1}], 0.01)
     taken = []
-    for step, rows in Checkpoint(folder, minutes, [weight], optimizing, generator).steps(EPOCHS, COUNT, SIZE, lambda *_: None):
+    for step, rows in Checkpoint(folder, minutes, [weight], optimizing, generator).steps(EPOCHS, COUNT, SIZE, Curve(unwatched)):
         if step == stop:
             raise Stop
         taken.append(step)

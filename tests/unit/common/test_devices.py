@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from metamoe.client.expert import _rate, train_expert
 from metamoe.common.compute import device_of, precision_of
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private
 from metamoe.common.data.tasks import TextSamples, class_names, in_parts, samples_of
 from metamoe.common.data.text import Question
@@ -106,7 +107,7 @@ def test_an_expert_by_sgd_and_in_parts_is_the_same(seed: Seed, small: Settings) 
     data = load_private(small, 0, "train")
     sgd = ["expert-training.optimizer=sgd", "expert-training.schedule=constant", "expert-training.learning-rate=0.1"]
     whole, parts, adam = (
-        train_expert(seed, changed(small, changes), 0, [data], class_names(data), lambda _done, _total: None)
+        train_expert(seed, changed(small, changes), 0, [data], class_names(data), unwatched)
         for changes in (sgd, [*sgd, "compute.micro-batch-size=5"], [])
     )
     for name, matrix in whole.items():

@@ -10,6 +10,7 @@ from transformers import CLIPModel
 
 from metamoe.common import config
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.model import moe
 from metamoe.common.model.inputs import embed, masked_mean
 from metamoe.common.model.lora import save_adapter, with_lora
@@ -254,7 +255,7 @@ def test_rows_and_lambda_are_trained_wherever_it_is_said(
     )
     model = build(seed, settings)
     before = [(r.rows.detach().clone(), r.biases.detach().clone(), r.context.item()) for r in model.routers]
-    train_router(model, seed, settings, proxies(3), lambda _done, _total: None)
+    train_router(model, seed, settings, proxies(3), unwatched)
     for router, (old_rows, old_biases, old_context) in zip(model.routers, before, strict=True):
         assert router.rows.grad.abs().max() > 1e-7
         assert router.context.grad.abs() > 1e-7
@@ -275,7 +276,7 @@ def test_experts_move_only_if_they_are_to_be_trained(seed: Seed, settings: Setti
         changed = variant(settings, router_training__train_experts=train, router_training__epochs=1)
         model = build(seed, changed)
         before = [matrix.clone() for expert in model.experts() for matrix in expert.values()]
-        train_router(model, seed, changed, proxies(3), lambda _done, _total: None)
+        train_router(model, seed, changed, proxies(3), unwatched)
         after = [matrix for expert in model.experts() for matrix in expert.values()]
         moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert moved == train
@@ -286,7 +287,7 @@ def test_the_seed_itself_is_never_changed(seed: Seed, settings: Settings) -> Non
     before = embed(seed.model, pixels)
     fingerprint = Seed(seed.reference, seed.model, seed.tokenizer, seed.processor).fingerprint
     changed = variant(settings, router_training__train_experts=True, router_training__epochs=1)
-    train_router(build(seed, changed), seed, changed, proxies(3), lambda _done, _total: None)
+    train_router(build(seed, changed), seed, changed, proxies(3), unwatched)
     assert torch.equal(embed(seed.model, pixels), before)
     assert Seed(seed.reference, seed.model, seed.tokenizer, seed.processor).fingerprint == fingerprint
 
