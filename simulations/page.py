@@ -86,7 +86,7 @@ def _accuracy(settings: Settings, results: dict[str, Any]) -> Html:
 def _reported(reported: dict[str, float]) -> Html:
     """What clients of a deployed run said of the delivered model."""
     rows = [[name, f"{accuracy:.1f}"] for name, accuracy in reported.items()]
-    return _table(["client", "accuracy on its own samples, %"], rows) if rows else Html()
+    return _table(["client", "accuracy on its own data, %"], rows) if rows else Html()
 
 
 def _training(folder: Path, settings: Settings) -> Html:

@@ -79,7 +79,7 @@ def test_a_deployed_runs_page_has_nothing_of_the_clients(watched: tuple[Settings
     page = (deployed / "report.html").read_text()
     assert "its own samples" not in page
     assert page.count("its proxies") > 0
-    assert "accuracy on its own samples" in page
+    assert "accuracy on its own data" in page
 
 
 def test_a_run_that_has_not_ended_has_no_page(watched: tuple[Settings, Path], tmp_path: Path, run_metamoe, capsys) -> None:
