@@ -22,6 +22,7 @@ from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
 from metamoe.cli_deploy import deploy
 from metamoe.cli_model import evaluate, predict
+from metamoe.cli_serve import serve
 from metamoe.cli_simulate import embed, resume, simulate, status
 from metamoe.cli_text import chat, generate
 from metamoe.common.config import Settings
@@ -133,7 +134,21 @@ def settings(
         console.print(Padding(Text(f"{setting.about} ({setting.kind})"), (0, 0, 0, 4)))
 
 
-for command in (simulate, resume, status, embed, benchmark, report, predict, evaluate, generate, chat, presets, settings):
+for command in (
+    simulate,
+    resume,
+    status,
+    embed,
+    benchmark,
+    report,
+    predict,
+    evaluate,
+    generate,
+    chat,
+    serve,
+    presets,
+    settings,
+):
     app.command()(command)
 for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
     app.add_typer(group, name=name)

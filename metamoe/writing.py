@@ -72,11 +72,20 @@ class TextStream:
         self._tokenizer = loaded.seed.tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._manifest, self._stop, self._held = loaded.manifest, stop, ""
+        self._made: list[int] = []
+        self._streamed = 0
 
     def piece(self, step: Step) -> Piece:
         """What a step adds; nothing is asked of the stream after the last."""
+        new = ""
         if step.token is not None:
-            self._held += self._decoder.step(self._tokenizer, step.token) or ""
+            self._made.append(step.token)
+            new = self._decoder.step(self._tokenizer, step.token) or ""
+        self._streamed += len(new)
+        if step.reason:
+            # A letter that is not whole is shown as what it is.
+            new += self._tokenizer.decode(self._made, skip_special_tokens=True)[self._streamed :]
+        self._held += new
         weights = expert_weights(step.routing, self._manifest)
         if found := [at for at in map(self._held.find, self._stop) if at >= 0]:
             return Piece(self._held[: min(found)], weights, "stop")

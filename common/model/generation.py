@@ -6,7 +6,7 @@ decided once is decided on the prompt and holds.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class _Row:
         """The next token, out of logits [V]."""
         if self.warp is None:
             return likeliest
-        warped = self.warp(torch.empty(0), logits.float()[None])
+        warped = self.warp(torch.empty(1, 0, dtype=torch.long), logits.float()[None])  # type: ignore[arg-type]
         return int(torch.multinomial(warped.softmax(-1)[0], 1, generator=self.draws))
 
 
@@ -138,7 +138,7 @@ class Decoding:
         padding = int(real.any(0).int().argmax())
         self._real = real[:, padding:]
         self._cache.past.batch_select_indices(rows)
-        for layer in self._cache.past.layers:
+        for layer in _layers(self._cache):
             layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
         self._cache.contexts = [(total[rows], count[rows]) for total, count in self._cache.contexts]
 
@@ -157,6 +157,11 @@ class Decoding:
         return steps
 
 
+def _layers(cache: DecodingCache) -> list[Any]:
+    """Of each layer its ``keys`` and ``values``, [B, heads, S, width]."""
+    return cache.past.layers
+
+
 def _joined(one: DecodingCache, two: DecodingCache) -> DecodingCache:
     """Two caches as that of one batch, the shorter padded on the left."""
     length = max(one.past.get_seq_length(), two.past.get_seq_length())
@@ -164,7 +169,7 @@ def _joined(one: DecodingCache, two: DecodingCache) -> DecodingCache:
     def together(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([F.pad(part, (0, 0, length - part.shape[2], 0)) for part in (a, b)])
 
-    for a, b in zip(one.past.layers, two.past.layers, strict=True):
+    for a, b in zip(_layers(one), _layers(two), strict=True):
         a.keys, a.values = together(a.keys, b.keys), together(a.values, b.values)
     contexts = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(one.contexts, two.contexts, strict=True)]
     return DecodingCache(one.past, contexts)

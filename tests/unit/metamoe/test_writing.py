@@ -6,58 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import metamoe
-from metamoe.common.config import Settings
 from metamoe.common.errors import InputFileError, InvalidSettingError
-from metamoe.common.model.artifact import UnifiedWeights, save_model
 from metamoe.common.model.generation import Decoding, Step
-from metamoe.common.model.router import RouterWeights
-from metamoe.common.model.seed import load_seed
-from metamoe.common.presets import changed
 from metamoe.writing import TextStream, Writing, end_tokens, text_request, written
-from tests.conftest import random_expert, random_features
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-)
 PROMPTS = ["Where do fish live?", "a", "größer als 7 °C – und dann?", "one two three four five six seven"]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and one for the end of a text."""
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> metamoe.Model:
-    """A model of text with random weights that reads 128 bytes; routing is decided once, on two of three experts."""
-    folder = tmp_path_factory.mktemp("bytes")
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=256, max_position_embeddings=128, **sizes
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "seed")
-    tokenizer.save_pretrained(folder / "seed")
-    seed = load_seed(str(folder / "seed"))
-    settings = changed(Settings(), [f"seed-model={folder / 'seed'}", "lora.rank=2", "lora.first-layer=1"])
-    rows = RouterWeights(random_features(4, 64).astype(np.float32), np.zeros(4, dtype=np.float32), 0.9)
-    weights = UnifiedWeights([random_expert(seed, settings, k) for k in range(3)], [rows])
-    save_model(folder / "model", seed, settings, ["one", "two", "three"], [], weights)
-    return metamoe.load(folder / "model")
 
 
 def same(found: list[metamoe.Continuation], expected: list[metamoe.Continuation]) -> None:
