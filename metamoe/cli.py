@@ -21,8 +21,9 @@ from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
 from metamoe.cli_deploy import deploy
+from metamoe.cli_export import export, push
 from metamoe.cli_model import evaluate, predict
-from metamoe.cli_serve import serve
+from metamoe.cli_serve import route, serve
 from metamoe.cli_simulate import embed, resume, simulate, status
 from metamoe.cli_text import chat, generate
 from metamoe.common.config import Settings
@@ -146,6 +147,9 @@ for command in (
     generate,
     chat,
     serve,
+    route,
+    export,
+    push,
     presets,
     settings,
 ):

@@ -1,5 +1,11 @@
 """A small model of text that reads bytes."""
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +60,21 @@ def byte_model(folder: Path, *changes: str) -> metamoe.Model:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> metamoe.Model:
     return byte_model(tmp_path_factory.mktemp("bytes"), "router.context=0.9")
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """Where a process of its own serves what a command says; it ends cleanly when it is asked to."""
+    command = [sys.executable, "-c", "from metamoe.cli import main; main()", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    while line and "is served at" not in line:
+        line = process.stderr.readline()
+    try:
+        yield line.split()[-1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.wait() == 0
+    assert "Traceback" not in rest

@@ -79,6 +79,19 @@ def test_a_card_says_what_the_model_is_and_no_hash_covers_it(finished: Path, tmp
     assert read_weights(changed)[0].model_hash == manifest.model_hash
 
 
+def test_the_command_exports(
+    model: metamoe.Model, run_metamoe: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    common = ("export", str(model.folder), "--out", str(tmp_path / "out"), "--to")
+    assert run_metamoe(*common, "adapters") == 0
+    assert capsys.readouterr().out.startswith("vllm serve ")
+    assert run_metamoe(*common, "merged", "--expert", "soup") == 0
+    assert "not the unified model" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors", "README.md"}
+    for wrong in (("merged",), ("adapters", "--expert", "one")):
+        assert run_metamoe(*common, *wrong) == InvalidSettingError.exit_code
+
+
 class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub asks of a hub to take a folder: a repository, how each file goes, and one commit."""
 

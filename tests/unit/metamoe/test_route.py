@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ from metamoe.common.errors import InvalidSettingError
 from metamoe.common.presets import changed
 from metamoe.export import export_adapters
 from metamoe.serving.route import inexact, prompt_routing, routing_app
-from tests.unit.metamoe.conftest import byte_model
+from tests.unit.metamoe.conftest import byte_model, served
 
 EXACT = ("router.top-k=1", "router.context=1", "router.learn-context=false", "router-training.supervision=none")
 PROMPTS = [f"{word} {i}" for i, word in enumerate(["Where", "do", "fish", "live?", "größer", "als", "one", "two"])]
@@ -139,3 +139,17 @@ def test_an_engine_that_is_not_there_is_named(exact: metamoe.Model) -> None:
         assert answer.status_code == 502
         assert "the engine cannot be reached" in answer.json()["error"]["message"]
         assert client.get("/v1/models").json()["data"][0]["id"] == "unified"
+
+
+def test_the_command_stands_before_an_engine(exact: metamoe.Model, engine: str) -> None:
+    with served("route", str(exact.folder), "--engine", engine, "--name", "unified") as address:
+        answer = httpx.post(f"{address}/completions", json={"model": "unified", "prompt": "fish", "max_tokens": 9}, timeout=120)
+        assert answer.json()["choices"][0]["text"] == exact.generate("fish", 9).text
+
+
+@pytest.mark.parametrize("url", ["nowhere", "ftp://127.0.0.1", "http://"])
+def test_a_wrong_address_of_an_engine_is_named(
+    url: str, exact: metamoe.Model, run_metamoe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_metamoe("route", str(exact.folder), "--engine", url) == InvalidSettingError.exit_code
+    assert f"--engine {url}" in capsys.readouterr().err

@@ -3,10 +3,6 @@
 import base64
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +18,7 @@ import metamoe
 from metamoe.cli_serve import is_loopback
 from metamoe.common.errors import InvalidSettingError
 from metamoe.serving.app import Limits, serving_app
+from tests.unit.metamoe.conftest import served
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +30,8 @@ def client(model: metamoe.Model) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def address(model: metamoe.Model) -> Iterator[str]:
-    """Where a process of its own serves the model; it ends cleanly when it is asked to."""
-    command = [sys.executable, "-m", "metamoe.cli", "serve", str(model.folder), "--port", "0", "--name", "bytes"]
-    command[1:3] = ["-c", "from metamoe.cli import main; main()"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    while line and "is served at" not in line:
-        line = process.stderr.readline()
-    yield line.split()[-1]
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait() == 0
-    assert "Traceback" not in rest
+    with served("serve", str(model.folder), "--name", "bytes") as address:
+        yield address
 
 
 def test_the_stock_client_asks_and_streams(address: str, model: metamoe.Model) -> None:
