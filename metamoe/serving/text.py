@@ -93,7 +93,12 @@ class Answer:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def _common(self, kind: str) -> dict[str, Any]:
-        return {"id": f"cmpl-{self.id}", "object": kind, "created": self.created, "model": self.asked.model}
+        return {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.asked.model,
+        }
 
     def whole(self) -> dict[str, Any]:
         """All texts, when they are there; beside each its experts with their weights."""
