@@ -33,7 +33,7 @@ lint: .venv/installed  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(CURDIR)/metamoe/*.py $(TYPES)
+	ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(CURDIR)/metamoe/*.py $(CURDIR)/metamoe/serving $(TYPES)
 	cd $(TYPES)/.. && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 .venv/installed: pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, bytes, start, audit, scale.
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, bytes, start, audit, scale.
 """
 
 import json
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.audit import audit_cost
 from benchmarks.forward import compiled_cost, forward_cost
+from benchmarks.generation import generation_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
 from benchmarks.start import start_up
@@ -27,6 +28,7 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     ],
     "forward": [("forward passes", forward_cost)],
     "compile": [("forward passes, compiled", compiled_cost)],
+    "generation": [("texts that go on, a few minutes", generation_cost)],
     "bytes": [("bytes that a client sends", bytes_up)],
     "start": [("start-up", start_up)],
     "audit": [("a run of preset glyphs, a few minutes", audit_cost)],

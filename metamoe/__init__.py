@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from metamoe.predict import Prediction
     from metamoe.results import RunResults
     from metamoe.run import Run, RunEvent, open_run, resume, simulate
+    from metamoe.writing import Writing
 else:
     # Nothing is loaded before it is asked for: the command answers at once, and torch takes seconds.
     _PLACES = {
@@ -35,6 +36,7 @@ else:
         "metamoe.predict": ("Prediction",),
         "metamoe.results": ("RunResults",),
         "metamoe.run": ("Run", "RunEvent", "open_run", "resume", "simulate"),
+        "metamoe.writing": ("Writing",),
     }
 
     def __getattr__(name: str) -> object:
@@ -61,6 +63,7 @@ __all__ = [
     "RunEvent",
     "RunResults",
     "Settings",
+    "Writing",
     "audit",
     "benchmark",
     "load",

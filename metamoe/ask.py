@@ -13,7 +13,6 @@ from metamoe.common.data.questions import read_questions
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
-from metamoe.common.model.generation import generate
 from metamoe.common.model.inputs import Inputs, prompt_tokens
 from metamoe.predict import ImageInput, read_image
 from metamoe.simulations.evaluate import accuracy_and_routing, mean_decision
@@ -120,25 +119,6 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
         _, decisions = loaded.model(asked)
         pairs = zip(loaded.manifest.expert_names, mean_decision(decisions[-1], asked)[0].tolist(), strict=True)
         yield Decision(given, dict(sorted(pairs, key=lambda pair: -pair[1])))
-
-
-def spoken(loaded: Loaded, prompt: str, most: int) -> Iterator[tuple[str, str]]:
-    """What the model goes on to say, piece by piece, each with the expert that it went to in the highest layer that decides.
-
-    Raises:
-        InputFileError: the model is one of images, or the prompt is empty.
-    """
-    if loaded.seed.is_image_model:
-        raise InputFileError("this model is one of images; ask it with 'metamoe predict'")
-    tokenizer, ids = loaded.seed.tokenizer, _prompt_ids(loaded, prompt)
-    # A token can be a part of a letter, so text is what the whole reads beyond what was read before.
-    made: list[int] = []
-    before = ""
-    for token, routing in generate(loaded.model, ids, tokenizer.eos_token_id, most):
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        yield text[len(before) :], loaded.manifest.expert_names[int(routing[-1].argmax())]
-        before = text
 
 
 def _prompt_ids(loaded: Loaded, prompt: str) -> list[int]:

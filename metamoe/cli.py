@@ -21,8 +21,11 @@ from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
 from metamoe.cli_deploy import deploy
-from metamoe.cli_model import evaluate, generate, predict
+from metamoe.cli_export import export, push
+from metamoe.cli_model import evaluate, predict
+from metamoe.cli_serve import route, serve
 from metamoe.cli_simulate import embed, resume, simulate, status
+from metamoe.cli_text import chat, generate
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.presets import preset_names, preset_text
@@ -132,7 +135,24 @@ def settings(
         console.print(Padding(Text(f"{setting.about} ({setting.kind})"), (0, 0, 0, 4)))
 
 
-for command in (simulate, resume, status, embed, benchmark, report, predict, evaluate, generate, presets, settings):
+for command in (
+    simulate,
+    resume,
+    status,
+    embed,
+    benchmark,
+    report,
+    predict,
+    evaluate,
+    generate,
+    chat,
+    serve,
+    route,
+    export,
+    push,
+    presets,
+    settings,
+):
     app.command()(command)
 for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
     app.add_typer(group, name=name)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InvalidSettingError
-from metamoe.options import console, json_option, log, notes, put_json
+from metamoe.options import console, json_option, notes, put_json
 
 
 class Task(StrEnum):
@@ -74,23 +74,3 @@ def evaluate(
     console.print(f"accuracy: {result.percent:.1f}% [{low:.1f}, {high:.1f}] on {result.count} {own}", markup=False)
     shares = ", ".join(f"{expert} {share:.1%}" for expert, share in result.experts if share > 0)
     console.print(f"tokens went to: {shares}", markup=False, soft_wrap=True)
-
-
-def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a unified model made from a decoder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
-) -> None:
-    """Go on from a prompt, taking the most likely token each time, and show which experts were asked."""
-    from collections import Counter
-
-    from metamoe.ask import spoken
-    from metamoe.common.model.artifact import load_model
-
-    experts: Counter[str] = Counter()
-    for text, expert in spoken(load_model(model), prompt, max_tokens):
-        typer.echo(text, nl=False)
-        experts[expert] += 1
-    typer.echo()
-    asked = ", ".join(f"{expert} {count / experts.total():.0%}" for expert, count in experts.most_common())
-    log.info("tokens went to: %s", asked)

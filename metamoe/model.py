@@ -1,29 +1,37 @@
 """A unified model in Python."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from PIL import Image
 from torch import Tensor
 
-from metamoe.ask import Decision, Evaluation, decisions_on, evaluate_on, spoken
+from metamoe.ask import Decision, Evaluation, decisions_on, evaluate_on
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.artifact import Loaded, Manifest, load_model
 from metamoe.predict import ImageInput, Prediction, class_texts, predict_images
+from metamoe.writing import Messages, Piece, Writing, written
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model goes on to say, and each expert's share of the new tokens, largest first; none if it says nothing."""
+    """What a model goes on to say.
 
-    prompt: str
+    Attributes:
+        prompt: a text, or the messages of a chat.
+        text: what follows, without the stop text.
+        experts: those that were asked with the mean over the new tokens of their weights, largest first.
+        reason: why it ends: "stop" where the text does, or "length".
+    """
+
+    prompt: str | Messages
     text: str
     experts: list[tuple[str, float]]
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,27 +88,44 @@ class Model:
         return list(predict_images(self.loaded, images, names, texts, top))
 
     @overload
-    def generate(self, prompts: str, max_tokens: int = 64) -> Continuation: ...  # type: ignore[overload-overlap]
+    def generate(self, prompts: str, max_tokens: int = 64, **how: Any) -> Continuation: ...  # type: ignore[overload-overlap]
     @overload
-    def generate(self, prompts: Sequence[str], max_tokens: int = 64) -> list[Continuation]: ...
-    def generate(self, prompts: str | Sequence[str], max_tokens: int = 64) -> Continuation | list[Continuation]:
-        """Go on from prompts, taking the most likely token each time.
+    def generate(self, prompts: Sequence[str], max_tokens: int = 64, **how: Any) -> list[Continuation]: ...
+    def generate(self, prompts: str | Sequence[str], max_tokens: int = 64, **how: Any) -> Continuation | list[Continuation]:
+        """Go on from prompts, many at once; each gets what it would get alone.
 
         Args:
             prompts: texts, or one.
             max_tokens: how many new tokens at most, for each.
+            how: ``temperature`` (0 takes the most likely token each time), ``top_p``, ``seed``, ``stop`` texts and
+                ``truncate``, as in :class:`metamoe.Writing`.
 
         Returns:
             What follows each prompt; for one, that.
 
         Raises:
-            InputFileError: the model is one of images, or a prompt is empty.
-            InvalidSettingError: ``max_tokens`` is less than one.
+            InputFileError: the model is one of images, or a prompt is empty or too long.
+            InvalidSettingError: ``max_tokens`` or one of ``how`` is out of its bounds.
         """
         if isinstance(prompts, str):
-            return self.generate([prompts], max_tokens)[0]
-        _at_least_one("max_tokens", max_tokens)
-        return [self._continued(prompt, max_tokens) for prompt in prompts]
+            return self.generate([prompts], max_tokens, **how)[0]
+        return self._continued(prompts, _writing(max_tokens, how))
+
+    def chat(self, messages: Messages, max_tokens: int = 64, **how: Any) -> Continuation:
+        """Answer a chat, put into the seed's template.
+
+        Args:
+            messages: each with ``role`` (system, user, assistant) and ``content``.
+            max_tokens, how: as for :meth:`generate`.
+
+        Raises:
+            InputFileError: as for :meth:`generate`, or the seed's tokenizer has no template.
+        """
+        return self._continued([messages], _writing(max_tokens, how))[0]
+
+    def stream(self, prompt: str | Messages, max_tokens: int = 64, **how: Any) -> Iterator[str]:
+        """Go on from a prompt or answer a chat, piece by piece, as :meth:`generate` and :meth:`chat` do."""
+        return (piece.text for _, piece in written(self.loaded, [prompt], _writing(max_tokens, how)) if piece.text)
 
     def score(self, path: str | PathLike[str]) -> Evaluation:
         """Accuracy on labelled samples from disk, in percent, with its 95% interval.
@@ -141,11 +166,24 @@ class Model:
         """Features of the model's own classes, of which there can be thousands."""
         return class_texts(self.loaded, self.classes)
 
-    def _continued(self, prompt: str, most: int) -> Continuation:
-        pieces = list(spoken(self.loaded, prompt, most))
-        counts = Counter(expert for _, expert in pieces)
-        experts = [(expert, count / len(pieces)) for expert, count in counts.most_common()]
-        return Continuation(prompt, "".join(text for text, _ in pieces), experts)
+    def _continued(self, prompts: Sequence[str | Messages], how: Writing) -> list[Continuation]:
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for number, piece in written(self.loaded, prompts, how):
+            pieces[number].append(piece)
+        return [continuation(prompt, own, self.experts) for prompt, own in zip(prompts, pieces, strict=True)]
+
+
+def continuation(prompt: str | Messages, pieces: Sequence[Piece], experts: Sequence[str]) -> Continuation:
+    """The pieces of a text as one."""
+    shares = [sum(piece.weights[k] for piece in pieces) / len(pieces) for k in range(len(experts))]
+    asked = sorted(((name, share) for name, share in zip(experts, shares, strict=True) if share > 0), key=lambda pair: -pair[1])
+    return Continuation(prompt, "".join(piece.text for piece in pieces), asked, pieces[-1].reason or "")
+
+
+def _writing(max_tokens: int, how: dict[str, Any]) -> Writing:
+    if unknown := sorted(how.keys() - {field.name for field in fields(Writing)}):
+        raise InvalidSettingError(f"{unknown[0]} = {how[unknown[0]]!r}: there is no such option of a text")
+    return Writing(max_tokens, **how)
 
 
 def load(folder: str | PathLike[str], device: str = "auto") -> Model:

@@ -12,7 +12,7 @@ from metamoe.common.compute import threads
 from metamoe.common.config import Settings
 from metamoe.common.data.tasks import accuracy
 from metamoe.common.files import write_atomically, write_json
-from metamoe.common.model.artifact import load_model
+from metamoe.common.model.artifact import load_model, write_card
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
 from metamoe.common.model.seed import load_seed
@@ -83,7 +83,17 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     }
     write_json(out / "results.json", results)
     write_atomically(out / "report.md", report(settings, results))
+    write_card(out / "model", loaded.manifest, settings, _accuracy_table(results))
     return results
+
+
+def _accuracy_table(results: dict[str, Any]) -> list[str]:
+    domains = list(results["routing"])
+    rows = [
+        [method, *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]), f"{results['public_accuracy'][method]:.1f}"]
+        for method, by_domain in results["accuracy"].items()
+    ]
+    return table(["method", *domains, "average", "public, held out"], rows)
 
 
 def report(settings: Settings, results: dict[str, Any]) -> str:
@@ -101,11 +111,7 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
         _HOW_QUESTIONS if settings.data.source == "questions" else _HOW_IMAGES,
         "",
     ]
-    rows = [
-        [method, *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]), f"{results['public_accuracy'][method]:.1f}"]
-        for method, by_domain in results["accuracy"].items()
-    ]
-    lines += table(["method", *domains, "average", "public, held out"], rows)
+    lines += _accuracy_table(results)
     lines += ["", "## Where tokens went", ""]
     lines += table(["domain", *experts], [[d, *(f"{results['routing'][d][e]:.3f}" for e in experts)] for d in domains])
     lines += ["", "## What each client transmitted", ""]

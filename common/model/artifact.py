@@ -5,10 +5,12 @@
     manifest.json                      format, seed, settings, class names, SHA-256 of every other file
     router.safetensors                 <i>.rows [K, E d], <i>.biases [K], <i>.context [] of the i-th layer that decides
     experts/<name>/                    adapter_config.json, adapter_model.safetensors: a stock PEFT adapter
+    README.md                          the model card, for people and hubs; no hash covers it
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 from metamoe.common import config
 from metamoe.common.compute import device_of
 from metamoe.common.errors import ModelFileError, SeedMismatchError, first_problem
-from metamoe.common.files import replaced_folder, write_json
+from metamoe.common.files import replaced_folder, write_atomically, write_json
+from metamoe.common.model.card import CARD, model_card, seed_licence
 from metamoe.common.model.lora import Expert, load_adapter, save_adapter
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
-from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.seed import Seed, load_seed, seed_place
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -116,7 +119,14 @@ def save_model(
             files=files,
         )
         write_json(new / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        write_card(new, manifest, settings)
     return manifest
+
+
+def write_card(folder: Path, manifest: Manifest, settings: config.Settings, table: Sequence[str] = ()) -> None:
+    """Write the model card of a unified model, with a table of how good it is once that is known."""
+    card = model_card(manifest, settings, seed_licence(seed_place(manifest.seed_model)), table)
+    write_atomically(folder / CARD, card)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -147,7 +157,7 @@ def read_weights(folder: Path) -> tuple[Manifest, UnifiedWeights]:
         ModelFileError: a file is missing, added or changed.
     """
     manifest = read_manifest(folder)
-    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST, CARD}
     if difference := sorted(found ^ set(manifest.files)):
         raise ModelFileError(f"{folder}: {difference[0]} is {'not in the manifest' if difference[0] in found else 'missing'}")
     for name, digest in manifest.files.items():

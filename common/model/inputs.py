@@ -58,15 +58,30 @@ def encode(model: Any, inputs: Inputs, past: DynamicCache | None = None) -> Tens
     inputs = inputs.to(model.device)
     if isinstance(inputs, Tensor):
         return model.vision_model(pixel_values=inputs).pooler_output
-    lowest = torch.finfo(model.dtype).min
-    mask = torch.zeros(inputs.visible.shape, dtype=model.dtype, device=inputs.ids.device).masked_fill(~inputs.visible, lowest)
     return model.model(
         input_ids=inputs.ids,
-        attention_mask=mask.unsqueeze(1),
+        attention_mask=_attention_masks(model, inputs.visible),
         position_ids=inputs.positions,
         past_key_values=past,
         use_cache=past is not None,
     ).last_hidden_state
+
+
+def _attention_masks(model: Any, visible: Tensor) -> Tensor | dict[str, Tensor]:
+    """What is added to attention scores [B, 1, T, S]; of a decoder whose layers differ, by their type."""
+
+    def added(seen: Tensor) -> Tensor:
+        zeros = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+        return zeros.masked_fill(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
+
+    window = getattr(model.config, "sliding_window", None)
+    if window is None or visible.shape[-1] <= window:
+        return added(visible)
+    # The tokens that one sees are those of its text, in order: the window is the last of them.
+    recent = added(visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window))
+    if getattr(model.config, "layer_types", None) is None:
+        return recent
+    return {"full_attention": added(visible), "sliding_attention": recent}
 
 
 def embed(model: PreTrainedModel, inputs: Inputs) -> Tensor:

@@ -26,7 +26,7 @@ from metamoe.common.data.tasks import TextSamples
 from metamoe.common.data.text import Question
 from metamoe.common.errors import ModelStructureError
 from metamoe.common.model.batch import TextBatch, packed
-from metamoe.common.model.generation import generate
+from metamoe.common.model.generation import Decoding, Request, Sampling, Step
 from metamoe.common.model.inputs import Tokens, encode, prompt_tokens
 from metamoe.common.model.lora import save_adapter, with_lora
 from metamoe.common.model.moe import UnifiedModel
@@ -111,6 +111,46 @@ def test_the_way_through_is_the_stock_models(decoder: Seed) -> None:
     )
 
 
+WINDOWS = {
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@torch.inference_mode()
+def test_a_sliding_window_is_the_stock_models(kind: str, tmp_path: Path, settings: Settings) -> None:
+    """In one pass, padded, and in generation beyond the window."""
+    configured, architecture = CLASSES[kind]
+    torch.manual_seed(1)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.4, "sliding_window": 5}
+    architecture(configured(vocab_size=14, **sizes, **heads, **WINDOWS[kind])).save_pretrained(tmp_path)
+    tokenizer_for(WORDS).save_pretrained(tmp_path)
+    seed, stock = load_seed.__wrapped__(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    inputs = prompts([17, 9], pads=2, left=True)
+    encoded = seed.model.lm_head(encode(seed.model, inputs))
+    for row, length in enumerate((17, 9)):
+        expected = stock(inputs.ids[row : row + 1, -length:]).logits[0]
+        torch.testing.assert_close(encoded[row, -length:], expected, atol=1e-4, rtol=1e-4)
+    # An expert that adds nothing: the unified model goes on as the seed does.
+    zero = {name: torch.zeros_like(matrix) for name, matrix in random_expert(seed, settings, 0).items()}
+    rows = [RouterWeights(random_features(1, WIDTH), np.zeros(1), 0.5)]
+    model = UnifiedModel(
+        seed,
+        [zero],
+        settings.lora,
+        changed(settings, ["router.renormalise=true", "router-training.supervision=none"]).router,
+        rows,
+    )
+    requests = [Request(inputs.ids[row, -length:].tolist(), 12) for row, length in enumerate((17, 9))]
+    for request, own in zip(requests, steps_of(model.eval(), requests, 2), strict=True):
+        ids = torch.tensor([list(request.prompt)])
+        made = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert [step.token for step in own] == made[0, ids.shape[1] :].tolist()
+
+
 @torch.inference_mode()
 def test_one_expert_equals_its_stock_peft_adapter(decoder: Seed, text_settings: Settings, tmp_path: Path) -> None:
     expert = random_expert(decoder, text_settings, 1)
@@ -151,19 +191,67 @@ def test_padding_on_either_side_and_other_texts_change_nothing(decoder: Seed, te
     torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-4)
 
 
+def steps_of(
+    model: UnifiedModel, requests: list[Request], together: int, ends: frozenset[int] = frozenset()
+) -> list[list[Step]]:
+    """Every request's steps, so many computed together: the next joins where one leaves."""
+    decoding, waiting = Decoding(model, ends), dict(enumerate(requests))
+    made: list[list[Step]] = [[] for _ in requests]
+    while waiting or len(decoding):
+        steps = decoding.step() if len(decoding) else {}
+        new = {key: waiting.pop(key) for key in list(waiting)[: together - len(decoding)]}
+        steps |= decoding.add(new) if new else {}
+        for key, step in steps.items():
+            made[key].append(step)
+    return made
+
+
 @torch.inference_mode()
 def test_cached_generation_equals_the_full_forward_token_by_token(decoder: Seed, text_settings: Settings) -> None:
     model, prompt = build(decoder, text_settings), prompts([6]).ids[0].tolist()
-    made = list(generate(model, prompt, None, 7))
-    ids = torch.tensor([prompt + [token for token, _ in made]])
+    (made,) = steps_of(model, [Request(prompt, 7)], 1)
+    ids = torch.tensor([prompt + [step.token for step in made]])
     inputs = replace(prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), prompt=torch.arange(13)[None] < 6)
     encoded, decisions = model(inputs)
     logits = model.backbone.lm_head(encoded[0])
-    assert [token for token, _ in made] == logits.argmax(1)[5:12].tolist()
-    assert len({token for token, _ in made}) > 1
-    for step, (_, routing) in enumerate(made):
-        expected = torch.stack([decision[0, 5 + step] for decision in decisions])
-        torch.testing.assert_close(routing, expected, atol=2e-5, rtol=1e-4)
+    assert [step.token for step in made] == logits.argmax(1)[5:12].tolist()
+    assert [step.reason for step in made] == [None] * 6 + ["length"]
+    assert len({step.token for step in made}) > 1
+    for number, step in enumerate(made):
+        expected = torch.stack([decision[0, 5 + number] for decision in decisions])
+        torch.testing.assert_close(step.routing, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("together", [3, 8])
+def test_prompts_computed_together_are_continued_as_each_alone(decoder: Seed, text_settings: Settings, together: int) -> None:
+    """Of different lengths, ending at different times, so that others join and padding comes and goes; drawn or not."""
+    model, lengths = build(decoder, text_settings), [3, 19, 5, 30, 1, 8, 2, 12]
+    texts = prompts(lengths)
+    requests = [
+        Request(texts.ids[i, :n].tolist(), 1 + 4 * i, Sampling(0.8 * (i % 2), 0.9, seed=i)) for i, n in enumerate(lengths)
+    ]
+    ends = frozenset({3, 11})
+    found, alone = (steps_of(model, requests, n, ends) for n in (together, 1))
+    for one, other in zip(found, alone, strict=True):
+        assert [(step.token, step.reason) for step in one] == [(step.token, step.reason) for step in other]
+        torch.testing.assert_close(one[-1].routing, other[-1].routing, atol=5e-5, rtol=1e-3)
+    assert {own[-1].reason for own in found} == {"stop", "length"}
+    assert len({len(own) for own in found}) > 3
+
+
+def test_draws_follow_temperature_top_p_and_seed(decoder: Seed, settings: Settings) -> None:
+    model, prompt = build(decoder, settings), prompts([6]).ids[0].tolist()
+
+    def drawn(*sampling: float | int | None) -> list[int | None]:
+        (made,) = steps_of(model, [Request(prompt, 12, Sampling(*sampling))], 1)
+        return [step.token for step in made]
+
+    greedy = drawn(0.0)
+    # So little probability that nothing but the likeliest is left, or so low a temperature.
+    assert drawn(1.5, 1e-6, 1) == drawn(1e-4, 1.0, 2) == greedy
+    assert drawn(1.5, 1.0, 1) == drawn(1.5, 1.0, 1) != greedy
+    assert drawn(1.5, 1.0, 1) != drawn(1.5, 1.0, 2)
+    assert len({tuple(drawn(5.0)) for _ in range(3)}) == 3
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import metamoe
 from metamoe import progress
-from metamoe.ask import spoken
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain
 from metamoe.common.data.tasks import pixel_values
@@ -321,18 +320,6 @@ def test_a_prompt_is_routed_over_its_own_tokens(of_text: metamoe.Model) -> None:
     one, other = of_text.route([prompt, "BLACK SQUARE"])
     assert one == found
     assert other.probabilities != found.probabilities
-
-
-def test_what_a_model_goes_on_to_say_and_whom_it_asked(of_text: metamoe.Model) -> None:
-    prompts = ["LATIN SMALL", "WHITE CIRCLE"]
-    found = of_text.generate(prompts, max_tokens=5)
-    for prompt, one in zip(prompts, found, strict=True):
-        pieces = list(spoken(of_text.loaded, prompt, 5))
-        assert (one.prompt, one.text) == (prompt, "".join(text for text, _ in pieces))
-        assert 0 < len(pieces) <= 5
-        assert dict(one.experts) == {name: n / len(pieces) for name, n in Counter(name for _, name in pieces).items()}
-        assert of_text.generate(prompt, max_tokens=5) == one
-    assert len({one.text for one in found}) == 2
 
 
 def test_a_score_counts_the_predictions_that_are_right(of_images: metamoe.Model, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A unified model behind the HTTP API that others have made common."""
