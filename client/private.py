@@ -28,7 +28,7 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
         )
     if settings.data.source == "questions":
         return read_question_folder(site.data, split, settings.data.list_choices)
-    data = read_folder(site.data, split)
+    data = read_folder(site.data, split, settings.data)
     # A name that not all know is not told by training on it either.
     if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):
         raise PrivateDataError(f"class {unknown[0]!r} of {site.data} is neither in data.classes nor public; agree on it first")

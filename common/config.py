@@ -11,6 +11,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Colour = Annotated[str, Field(pattern=r"^(white|black|#[0-9a-fA-F]{6})$")]
 Optimizer = Annotated[Literal["adamw", "sgd"], Field(description="sgd: with momentum 0.9")]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one, or else the CPU")
@@ -30,6 +32,16 @@ class Section(BaseModel):
 
 
 ListChoices = Literal["always", "where-needed"]
+
+
+class Splits(Section):
+    """The parts of a data set: by their names, or by fractions where a set has not been divided."""
+
+    train: str = Field("", description="name of the part that trains; empty: train or training")
+    validation: str = Field("", description="of the part for validation; empty: validation, valid, val or dev")
+    test: str = Field("", description="of the part for tests; empty: test or testing")
+    validation_fraction: Share = Field(0.1, description="of what trains, for validation, where there is no such part")
+    test_fraction: Share = Field(0.2, description="of the whole, for tests, where there is no part to test on")
 
 
 class Data(Section):
@@ -69,6 +81,12 @@ class Data(Section):
     workers: int = Field(
         0, ge=0, description="processes beside each one that decode images, so that a GPU need not wait; 0 is none"
     )
+    background: Colour = Field("white", description="what is seen through transparent pictures: white, black or #rrggbb")
+    image_column: str = Field("", description="of a table or a hub set, with pictures or their paths; empty: the usual names")
+    label_column: str = Field(
+        "", description="of a table or a hub set, with the classes, such as fine_label; empty: the usual names"
+    )
+    splits: Splits = Splits()
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
     list_choices: ListChoices = Field(
         "always",

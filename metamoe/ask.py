@@ -8,7 +8,8 @@ import torch
 from scipy.stats import binomtest
 
 from metamoe.common.config import Data
-from metamoe.common.data.images import class_folders, image_dataset, image_files
+from metamoe.common.data.images import image_dataset
+from metamoe.common.data.pictures import pictures_at
 from metamoe.common.data.questions import read_questions
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
 from metamoe.common.errors import InputFileError
@@ -41,7 +42,7 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
     Args:
         loaded: the model.
         path: for a model of images a folder with one folder for each class, among whose names each image is named; for one of
-            text a file of JSON lines.
+            text a file of JSON lines. A table of paths and labels is as good as a folder.
 
     Raises:
         InputFileError: there is nothing there that the model takes.
@@ -49,11 +50,10 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
     """
     manifest = loaded.manifest
     if loaded.seed.is_image_model:
-        names = class_folders(path)
-        files = image_files(path, names)
-        if not files:
-            raise InputFileError(f"{path} has no images; expected are files such as CLASS NAME/1.png")
-        samples, source = image_dataset(files, names), "images"
+        found = pictures_at(path, Data(background=manifest.background))
+        if not found.parts["test"]:
+            raise InputFileError(f"{path} has no images; expected are files such as CLASS NAME/1.png, or a table of them")
+        samples, source = image_dataset(found.parts["test"], found.names, manifest.background), "images"
     else:
         samples, source = read_questions(path, manifest.list_choices), "questions"
         if not len(samples):
@@ -111,7 +111,7 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
     """
     for given in inputs:
         if loaded.seed.is_image_model:
-            asked: Inputs = pixel_values(loaded.seed, [read_image(given)])
+            asked: Inputs = pixel_values(loaded.seed, [read_image(given, loaded.manifest.background)])
         elif isinstance(given, str):
             ids = torch.tensor([_prompt_ids(loaded, given)])
             asked = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -193,7 +193,8 @@ def public_fingerprint(data: Data) -> str:
     files = [(file, stat.st_size, stat.st_mtime_ns) for file in _files_of(public) for stat in [Path(file).stat()]]
     if not files:
         return fingerprint(public)
-    made_of = data.model_dump_json(include={"source", "folder", "public", "public_hub", "public_without", "public_samples"})
+    # All settings, as many decide what a sample is; it is no loss that some do not.
+    made_of = data.model_dump_json(exclude={"workers", "hub", "domains", "dirichlet", "private_samples", "test_samples"})
     key = hashlib.sha256(json.dumps([version("metamoe-fl"), made_of, files]).encode()).hexdigest()
     kept = cache_folder() / "fingerprints" / key[:32]
     if not kept.is_file():

@@ -44,6 +44,10 @@ class _Format(BaseModel):
     format: int
 
 
+_LATER = ("background",)
+"""Fields that came later than models that are in use."""
+
+
 class Manifest(BaseModel):
     """Contents of manifest.json."""
 
@@ -60,6 +64,7 @@ class Manifest(BaseModel):
     prompt_tokens: int
     answer_tokens: int
     classes: list[str]
+    background: config.Colour = "white"
     files: dict[str, str]
 
     @property
@@ -70,7 +75,9 @@ class Manifest(BaseModel):
     @property
     def model_hash(self) -> str:
         """One hash for the whole model: SHA-256 over the manifest, but for where its seed was found."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"seed_model"}), sort_keys=True)
+        # A model that takes what was once the only way has the hash that it had then.
+        left_out = {"seed_model"} | {name for name in _LATER if getattr(self, name) == Manifest.model_fields[name].default}
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -110,6 +117,7 @@ def save_model(
             router=settings.router,
             prompt=settings.data.prompt,
             list_choices=settings.data.list_choices,
+            background=settings.data.background,
             prompt_tokens=settings.data.prompt_tokens,
             answer_tokens=settings.data.answer_tokens,
             classes=classes,
