@@ -6,65 +6,62 @@ DIR/validation/CLASS NAME/     only where settings ask for it
 
 DIR/train.csv, DIR/test.csv    in place of folders: tables of paths and labels (.csv, .tsv, .json, .jsonl, .parquet)
 
-DIR/train.jsonl                private training questions, one JSON object a line; .jsonl.gz does as well
+DIR/train.jsonl                private training questions, instructions or conversations, one JSON object a line; .json, .csv
+                               and .parquet do as well
 DIR/test.jsonl                 likewise
 """
 
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
 
-from metamoe.common.config import Data, ListChoices
+from metamoe.common.config import Data
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.pictures import Found, find_pictures
-from metamoe.common.data.questions import read_questions
+from metamoe.common.data.questions import Read, dataset_of, read_text, text_files
 from metamoe.common.data.survey import Survey, survey
 from metamoe.common.errors import DataFormatError, InputFileError, PrivateDataError
 
 _NEEDED = (("train", "train on"), ("test", "test on"))
-_SPLITS = ("train", "validation", "test")
 
 
-def check_questions(folder: Path) -> Survey:
-    """Read every question of a data folder once.
+def check_questions(folder: Path, data: Data) -> Survey:
+    """Read every question, or other text, of a data folder once.
 
     Raises:
-        PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent.
+        PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent; it has no files; or a row in them
+            is not in a known layout.
     """
-    _check_place(folder)
     counts: dict[str, dict[str, int]] = {}
-    wrong = []
-    for split in _SPLITS:
-        try:
-            questions = read_question_folder(folder, split, "always")
-            sizes = [f"{len(choices)} choices" for choices in questions["choices"]]
-            counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
-        except PrivateDataError as error:
-            if split != "validation":
-                wrong.append(str(error))
-    return Survey(counts, wrong)
+    unusual = {}
+    for split, files in _text_files(folder, data).items():
+        reads = [_read(file, data) for file in files]
+        taken = sum((read.taken_for for read in reads), Counter[str]())
+        counts[split] = dict(sorted(taken.items()))
+        for file, read in zip(files, reads, strict=True):
+            if read.left_out:
+                unusual[f"rows of {file.name} without a label or an answer, which are left out"] = [str(read.left_out)]
+    wrong = [f"{folder} has no {part} part, such as {part}.jsonl" for part, _ in _NEEDED if not counts.get(part)]
+    return Survey(counts, wrong, unusual=unusual)
 
 
-def read_question_folder(folder: Path, split: str, list_choices: ListChoices) -> Dataset:
-    """The questions of one split; columns, and ``list_choices``, as in :mod:`metamoe.common.data.questions`.
+def read_question_folder(folder: Path, split: str, data: Data) -> Dataset:
+    """The questions of one split; columns as in :mod:`metamoe.common.data.questions`.
 
     Raises:
-        PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a line is not a
+        PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a row is not a
             question.
     """
-    _check_place(folder)
-    file = next((file for file in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if file.is_file()), None)
-    if file is None:
+    files = _text_files(folder, data).get(split)
+    if not files:
         raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
-    try:
-        questions = read_questions(file, list_choices)
-    except (DataFormatError, InputFileError) as error:
-        raise PrivateDataError(str(error)) from error
-    if len(questions) == 0:
-        raise PrivateDataError(f"{file} has no question with a label")
-    return questions
+    samples = [samples for file in files for samples in _read(file, data).samples]
+    if not samples:
+        raise PrivateDataError(f"{files[0]} has no question with a label")
+    return dataset_of(Read(samples), data)
 
 
 def check_folder(folder: Path, data: Data) -> Survey:
@@ -114,6 +111,21 @@ def _is_flower_app(project: Path) -> bool:
         return "flwr" in tomllib.loads(project.read_text()).get("tool", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False
+
+
+def _text_files(folder: Path, data: Data) -> dict[str, list[Path]]:
+    _check_place(folder)
+    try:
+        return text_files(folder, data)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
+
+
+def _read(file: Path, data: Data) -> Read:
+    try:
+        return read_text(file, data)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
 
 
 def _found(folder: Path, data: Data) -> Found:

@@ -26,8 +26,8 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
         raise PrivateDataError(
             "the run is for the clients' own data, but this client has no data-dir in its node config, or it is empty"
         )
-    if settings.data.source == "questions":
-        return read_question_folder(site.data, split, settings.data.list_choices)
+    if settings.data.is_text:
+        return read_question_folder(site.data, split, settings.data)
     data = read_folder(site.data, split, settings.data)
     # A name that not all know is not told by training on it either.
     if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from metamoe.common.config import Data
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.pictures import pictures_at
-from metamoe.common.data.questions import read_questions
+from metamoe.common.data.questions import read_questions, with_distractors
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
@@ -55,7 +55,9 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
             raise InputFileError(f"{path} has no images; expected are files such as CLASS NAME/1.png, or a table of them")
         samples, source = image_dataset(found.parts["test"], found.names, manifest.background), "images"
     else:
-        samples, source = read_questions(path, manifest.list_choices), "questions"
+        source = "text" if manifest.text else "questions"
+        reading = Data(source=source, list_choices=manifest.list_choices, block_words=manifest.block_words)
+        samples = with_distractors(read_questions(path, reading))
         if not len(samples):
             raise InputFileError(f"{path} has no question with a label")
     data = Data(

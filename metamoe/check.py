@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from metamoe.common.compute import device_of
 from metamoe.common.config import Data, Settings
 from metamoe.common.data.datasets import check_domains, load_domain, load_public
+from metamoe.common.data.hub import hub_name
 from metamoe.common.data.pictures import find_pictures
 from metamoe.common.data.survey import survey
 from metamoe.common.errors import MetaMoEError
@@ -107,7 +108,7 @@ def _hub_data(settings: Settings) -> Iterator[Finding]:
     data = settings.data
     for name, hub in [("public set", data.public_hub), *zip(data.domains, data.hub, strict=False)]:
         try:
-            HfApi().auth_check(hub, repo_type="dataset")
+            HfApi().auth_check(hub_name(hub), repo_type="dataset")
         except HUB_FAILURES as error:
             yield Finding(name, str(hub_error("data.hub", hub, error)), False)
         else:

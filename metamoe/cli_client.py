@@ -45,12 +45,12 @@ def check(
     from metamoe.common.model.seed import load_seed
     from metamoe.common.wire import MESSAGE_TYPE, reply_artifacts
 
-    questions = settings.data.source == "questions"
+    questions = settings.data.is_text
     if questions and sheet:
-        raise InvalidSettingError(f"--sheet {sheet}: data.source = questions has no pictures")
+        raise InvalidSettingError(f"--sheet {sheet}: data.source = {settings.data.source} has no pictures")
     with notes.status("opening every file"):
-        report = check_questions(folder) if questions else check_folder(folder, settings.data)
-    kind = "questions" if questions else "images"
+        report = check_questions(folder, settings.data) if questions else check_folder(folder, settings.data)
+    kind = settings.data.source if questions else "images"
     wrong = list(report.wrong)
     if not questions:
         known = set(known_classes(settings.data))
@@ -71,7 +71,7 @@ def check(
         raise typer.Exit(bool(wrong))
     names = sorted({name for by_class in report.counts.values() for name in by_class})
     counts = [[name, *(str(by_class.get(name, 0)) for by_class in report.counts.values())] for name in names]
-    show_table(console, ["questions" if questions else "class", *report.counts], counts, title=kind)
+    show_table(console, ["form" if questions else "class", *report.counts], counts, title=kind)
     sent = [[stage, a.name, f"{a.dtype} {list(a.shape)}", f"{a.bytes:,}"] for stage, a in artifacts]
     sent.append(["", "in all", "", f"{sum(artifact.bytes for _, artifact in artifacts):,}"])
     title = "what would be sent, however many samples there are"

@@ -98,7 +98,7 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
     lines += [
         f"## Accuracy on {settings.data.evaluate_on} data, %",
         "",
-        _HOW_QUESTIONS if settings.data.source == "questions" else _HOW_IMAGES,
+        _HOW_QUESTIONS if settings.data.is_text else _HOW_IMAGES,
         "",
     ]
     rows = [

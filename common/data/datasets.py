@@ -93,7 +93,7 @@ def held_out_public(data: Data) -> Dataset:
     if data.evaluate_on == "test":
         return held_out
     training = _random_part(load_public(data, "train"), len(held_out), np.random.default_rng(1))
-    return with_distractors(training) if data.source == "questions" else training
+    return with_distractors(training) if data.is_text else training
 
 
 def evaluation_sets(data: Data) -> dict[str, Dataset]:
@@ -102,6 +102,9 @@ def evaluation_sets(data: Data) -> dict[str, Dataset]:
     """
     part = data.evaluate_on
     tests = {domain: load_domain(data, domain, part) for domain in data.domains}
+    if data.is_text:
+        # With a single answer to choose, any model would be right.
+        return {domain: with_distractors(test) for domain, test in tests.items()}
     if not data.test_corruptions:
         return tests
     return {
@@ -129,7 +132,7 @@ def known_classes(data: Data) -> list[str]:
     """Every class name of the public set and of the domains, as their source publishes them or the settings name them: what a
     unified model chooses among. Questions bring their own choices, so of them there are none.
     """
-    if data.source == "questions":
+    if data.is_text:
         return []
     public = load_public(data).features["label"].names
     if data.private == "own":

@@ -122,8 +122,8 @@ def check_seed(seed: Seed, data: config.Data) -> None:
     Raises:
         InvalidSettingError: it does not.
     """
-    if seed.is_image_model == (data.source == "questions"):
-        kind = "a CLIP model, for images" if seed.is_image_model else "a decoder, for questions"
+    if seed.is_image_model == data.is_text:
+        kind = "a CLIP model, for images" if seed.is_image_model else "a decoder, for questions and text"
         raise InvalidSettingError(f"seed-model = {seed.reference!r} is {kind}; it does not go with data.source = {data.source}")
 
 

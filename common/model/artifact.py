@@ -44,7 +44,7 @@ class _Format(BaseModel):
     format: int
 
 
-_LATER = ("background",)
+_LATER = ("background", "text", "block_words")
 """Fields that came later than models that are in use."""
 
 
@@ -65,6 +65,8 @@ class Manifest(BaseModel):
     answer_tokens: int
     classes: list[str]
     background: config.Colour = "white"
+    text: bool = False
+    block_words: int = 64
     files: dict[str, str]
 
     @property
@@ -118,6 +120,8 @@ def save_model(
             prompt=settings.data.prompt,
             list_choices=settings.data.list_choices,
             background=settings.data.background,
+            text=settings.data.source == "text",
+            block_words=settings.data.block_words,
             prompt_tokens=settings.data.prompt_tokens,
             answer_tokens=settings.data.answer_tokens,
             classes=classes,
