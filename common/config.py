@@ -44,6 +44,7 @@ class Splits(Section):
     test_fraction: Share = Field(0.2, description="of the whole, for tests, where there is no part to test on")
 
 
+Metric = Literal["macro-f1", "balanced-accuracy", "calibration-error", "perplexity"]
 AnswerIs = Literal["index", "one-based", "letter", "text", "boolean"]
 
 
@@ -346,6 +347,10 @@ class Settings(Section):
         "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
     )
     report_accuracy: bool = Field(False, description="let clients send the accuracy they measure on the delivered model")
+    metrics: tuple[Metric, ...] = Field(
+        (),
+        description="what tables have beside accuracy; results.json has all; of data.source = text, perplexity is always there",
+    )
     data: Data = Data()
     proxies: Proxies = Proxies()
     lora: Lora = Lora()

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import binomtest
 
 from metamoe.common.config import Data
 from metamoe.common.data.images import image_dataset
+from metamoe.common.data.metrics import Metrics, interval, metrics_of
 from metamoe.common.data.pictures import pictures_at
 from metamoe.common.data.questions import read_questions, with_distractors
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
@@ -17,23 +17,20 @@ from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.generation import generate
 from metamoe.common.model.inputs import Inputs, prompt_tokens
 from metamoe.predict import ImageInput, read_image
-from metamoe.simulations.evaluate import accuracy_and_routing, mean_decision
+from metamoe.simulations.evaluate import answers_and_routing, mean_decision
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in percent on ``count`` samples with its 95% interval (Wilson), and each expert's share of the tokens."""
+    """Accuracy in percent on ``count`` samples with its 95% interval (Wilson), each expert's share of the tokens, and what else
+    a field asks for.
+    """
 
     percent: float
     interval: tuple[float, float]
     count: int
     experts: list[tuple[str, float]]
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of ``right`` in ``count`` (Wilson 1927), in percent."""
-    found = binomtest(right, count).proportion_ci(method="wilson")
-    return 100 * float(found.low), 100 * float(found.high)
+    metrics: Metrics
 
 
 def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
@@ -66,14 +63,16 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
         prompt_tokens=manifest.prompt_tokens,
         answer_tokens=manifest.answer_tokens,
     )
-    percent, by_layer = accuracy_and_routing(loaded.model, samples_of(loaded.seed, data, [samples], class_names(samples)))
+    asked = samples_of(loaded.seed, data, [samples], class_names(samples))
+    told, by_layer = answers_and_routing(loaded.model, asked)
     shares = torch.tensor(by_layer).mean(0).tolist()
-    right = round(percent * len(samples) / 100)
+    right = int(told.chosen.eq(asked.answers).sum())
     return Evaluation(
-        percent,
+        100.0 * right / len(samples),
         interval(right, len(samples)),
         len(samples),
         sorted(zip(manifest.expert_names, shares, strict=True), key=lambda pair: -pair[1]),
+        metrics_of(told, asked),
     )
 
 

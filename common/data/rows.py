@@ -49,7 +49,7 @@ def question_of(row: Mapping[str, Any], layout: Layout, place: str, list_choices
         wrong = [text for path in layout.wrong for text in _texts(value_of(row, path), row, path, place)[0]]
         choices, answer = [right, *wrong], 0
     else:
-        choices, labels = list(layout.fixed), []
+        choices, labels = list(layout.fixed), list[str]()
         for path in layout.choices:
             texts, names = _texts(value_of(row, path), row, path, place)
             choices += texts
@@ -113,11 +113,11 @@ def _meant(key: Any, choices: Sequence[str], how: str | None) -> set[int]:
         return {_TRUTH[str(key).lower()]} if how == "boolean" and isinstance(key, bool) else set()
     number = int(text) if text.isdecimal() and len(text) < _DIGITS else None
     letter = ord(text) - ord("A") if len(text) == 1 and "A" <= text <= "Z" else None
-    by = {
+    by: dict[str, set[int | None]] = {
         "index": {number},
         "one-based": {None if number is None else number - 1},
         "letter": {letter},
-        "text": {n for n, choice in enumerate(choices) if choice.strip() == text} if isinstance(key, str) else set(),
+        "text": {n for n, choice in enumerate(choices) if isinstance(key, str) and choice.strip() == text},
         "boolean": {_TRUTH.get(text.lower())},
     }
     ways = [how] if how else ["index"] if not isinstance(key, str) else ["index", "letter", "text"]
