@@ -12,7 +12,6 @@ DIR/test.jsonl                 likewise
 """
 
 import tomllib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from datasets import Dataset
 from metamoe.common.config import Data
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.pictures import Found, find_pictures
-from metamoe.common.data.questions import Read, dataset_of, read_text, text_files
+from metamoe.common.data.questions import Read, dataset_of, read_text, text_files, text_survey
 from metamoe.common.data.survey import Survey, survey
 from metamoe.common.errors import DataFormatError, InputFileError, PrivateDataError
 
@@ -35,17 +34,14 @@ def check_questions(folder: Path, data: Data) -> Survey:
         PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent; it has no files; or a row in them
             is not in a known layout.
     """
-    counts: dict[str, dict[str, int]] = {}
-    unusual = {}
-    for split, files in _text_files(folder, data).items():
-        reads = [_read(file, data) for file in files]
-        taken = sum((read.taken_for for read in reads), Counter[str]())
-        counts[split] = dict(sorted(taken.items()))
-        for file, read in zip(files, reads, strict=True):
-            if read.left_out:
-                unusual[f"rows of {file.name} without a label or an answer, which are left out"] = [str(read.left_out)]
-    wrong = [f"{folder} has no {part} part, such as {part}.jsonl" for part, _ in _NEEDED if not counts.get(part)]
-    return Survey(counts, wrong, unusual=unusual)
+    files = _text_files(folder, data)
+    try:
+        found, _ = text_survey(files, data)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
+    return replace(
+        found, wrong=[f"{folder} has no {part} part, such as {part}.jsonl" for part, _ in _NEEDED if part not in files]
+    )
 
 
 def read_question_folder(folder: Path, split: str, data: Data) -> Dataset:
@@ -58,7 +54,10 @@ def read_question_folder(folder: Path, split: str, data: Data) -> Dataset:
     files = _text_files(folder, data).get(split)
     if not files:
         raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
-    samples = [samples for file in files for samples in _read(file, data).samples]
+    try:
+        samples = [samples for file in files for samples in read_text(file, data).samples]
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
     if not samples:
         raise PrivateDataError(f"{files[0]} has no question with a label")
     return dataset_of(Read(samples), data)
@@ -117,13 +116,6 @@ def _text_files(folder: Path, data: Data) -> dict[str, list[Path]]:
     _check_place(folder)
     try:
         return text_files(folder, data)
-    except (DataFormatError, InputFileError) as error:
-        raise PrivateDataError(str(error)) from error
-
-
-def _read(file: Path, data: Data) -> Read:
-    try:
-        return read_text(file, data)
     except (DataFormatError, InputFileError) as error:
         raise PrivateDataError(str(error)) from error
 

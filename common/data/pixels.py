@@ -63,8 +63,11 @@ def look_at(file: PathLike[str] | BinaryIO, background: str, place: str = "") ->
     """
     try:
         with Image.open(file) as opened:
-            unusual = _unusual(opened)
+            # Before it is loaded, when some are turned.
+            turned = opened.getexif().get(_ORIENTATION, 1) != 1
             picture = rgb(opened, background)
+            unusual = ["turned as EXIF says"] if turned else []
+            unusual += _unusual(opened)
     except DAMAGED as error:
         raise InputFileError(f"{place or file} cannot be read as an image: {error}") from error
     if np.ptp(np.asarray(picture).reshape(-1, 3), axis=0).max() < _FLAT:
@@ -118,16 +121,14 @@ def _grey(image: Image.Image, bits: int, scaled: bool, negative: bool) -> Image.
 
 
 def _unusual(image: Image.Image) -> list[str]:
-    """What is unusual about a file that was opened and not decoded yet."""
-    found = []
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        found.append("turned as EXIF says")
-    if getattr(image, "n_frames", 1) > 1:
-        found.append("of several pages or frames, the first of which is used")
+    """What is unusual about an image that was loaded; after this it may be at another page."""
     kinds = {"F": "with floating-point values", "I": "with 16 bits", "P": "with a palette", "C": "in CMYK"}
-    if kind := kinds.get(image.mode[0]):
-        found.append(kind)
-    image.load()
+    found = [kinds[image.mode[0]]] if image.mode[0] in kinds else []
     if image.has_transparency_data and rgb(image, "white").tobytes() != rgb(image, "black").tobytes():
         found.append("transparent in places")
+    try:
+        if getattr(image, "n_frames", 1) > 1:
+            found.append("of several pages or frames, the first of which is used")
+    except DAMAGED:
+        found.append("damaged behind its first page or frame")
     return found

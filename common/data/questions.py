@@ -6,7 +6,7 @@ texts) and ``answer`` (index of the right one). What is no question has one choi
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from metamoe.common.data.hub import load_from_hub
 from metamoe.common.data.layouts import INSTRUCTIONS, QUESTIONS, layout_of, mapped
 from metamoe.common.data.rows import Question, counted_from, question_of
 from metamoe.common.data.splits import by_part
+from metamoe.common.data.survey import Survey
 from metamoe.common.data.tables import KINDS, Row, read_rows, table_kind
 from metamoe.common.errors import InputFileError
 
@@ -37,12 +38,12 @@ class Read:
     Attributes:
         samples: of each row that has any; several of a conversation or a document.
         taken_for: names of layouts, and how many rows have each.
-        left_out: rows without a label or an answer.
+        left_out: where rows without a label or an answer are.
     """
 
     samples: list[list[Question]] = field(default_factory=list)
     taken_for: Counter[str] = field(default_factory=Counter)
-    left_out: int = 0
+    left_out: list[str] = field(default_factory=list)
 
 
 def load_questions(data: Data, name: str, split: str, hub: str) -> Dataset:
@@ -99,7 +100,8 @@ def read_text(file: Path, data: Data) -> Read:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputFileError(f"{file} cannot be read as UTF-8: {error}") from error
-        return Read([blocks_of(text, data.block_words)], Counter(["documents"]))
+        blocks = blocks_of(text, data.block_words)
+        return Read([blocks] if blocks else [], Counter(["documents"]), [] if blocks else [str(file)])
     return _read(read_rows(file), data, str(file))
 
 
@@ -135,37 +137,49 @@ def text_files(folder: Path, data: Data) -> dict[str, list[Path]]:
     )
 
 
+def text_survey(files: Mapping[str, list[Path]], data: Data) -> tuple[Survey, dict[str, list[Read]]]:
+    """What rows of each part were taken for, and which were left out; and what was read.
+
+    Raises:
+        InputFileError, DataFormatError: as :func:`read_questions`.
+    """
+    reads = {part: [read_text(file, data) for file in there] for part, there in files.items()}
+    counts = {part: dict(sum((read.taken_for for read in there), Counter[str]())) for part, there in reads.items()}
+    left_out = [place for there in reads.values() for read in there for place in read.left_out]
+    return Survey(counts, [], unusual={"left out, without a label or an answer": left_out} if left_out else {}), reads
+
+
 def _is_text(file: Path, data: Data) -> bool:
     plain = data.source == "text" and file.suffix.lower() in _PLAIN and not file.name.startswith(".")
     return file.is_file() and (plain or table_kind(file) in KINDS)
 
 
 def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
-    found = Read()
     own, known = mapped(data.columns), (*QUESTIONS, *INSTRUCTIONS)
-    unsure: list[tuple[int, str, Row]] = []
+    places: list[str] = []
+    samples: list[list[Question]] = []
+    taken_for = Counter[str]()
+    unsure: list[tuple[int, Row]] = []
     for place, row in rows:
+        places.append(place)
         if data.source == "text":
-            name, samples = texts_of(row, place, data)
+            name, found = texts_of(row, place, data)
         else:
             layout = layout_of(row, place, known, own)
-            name = layout.name
+            name, found = layout.name, []
             if layout.answer_is == "counted":
-                unsure.append((len(found.samples), place, row))
-                samples = []
-            else:
-                question = question_of(row, layout, place, data.list_choices)
-                samples = [question] if question else []
-        found.taken_for[name] += 1
-        found.samples.append(samples)
+                unsure.append((len(samples), row))
+            elif question := question_of(row, layout, place, data.list_choices):
+                found = [question]
+        taken_for[name] += 1
+        samples.append(found)
     if unsure:
-        first = layout_of(unsure[0][2], where, known, own)
-        layout = counted_from([row for _, _, row in unsure], first, where)
-        for number, place, row in unsure:
-            question = question_of(row, layout, place, data.list_choices)
-            found.samples[number] = [question] if question else []
-    labelled = [samples for samples in found.samples if samples]
-    return Read(labelled, found.taken_for, len(found.samples) - len(labelled))
+        layout = counted_from([row for _, row in unsure], layout_of(unsure[0][1], where, known, own), where)
+        for number, row in unsure:
+            if question := question_of(row, layout, places[number], data.list_choices):
+                samples[number] = [question]
+    left_out = [place for place, found in zip(places, samples, strict=True) if not found]
+    return Read([found for found in samples if found], taken_for, left_out)
 
 
 def _dataset(samples: Sequence[Question], features: Features) -> Dataset:

@@ -163,7 +163,8 @@ def test_medmcqa_is_counted_from_what_the_whole_set_shows(tmp_path: Path, number
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"cop": -1}]))
     read = read_text(tmp_path / "a.jsonl", DATA)
     assert [samples[0]["answer"] for samples in read.samples] == [n - first for n in numbers]
-    assert (read.taken_for, read.left_out) == ({"MedMCQA": 4}, 1)
+    assert read.taken_for == {"MedMCQA": 4}
+    assert read.left_out == [f"{tmp_path / 'a.jsonl'}, line 4"]
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(DataFormatError, match="may be counted from 0 or from 1"):
         read_questions(tmp_path / "b.jsonl", DATA)
@@ -276,7 +277,7 @@ def test_rows_without_a_label_or_an_answer_are_left_out_and_counted(tmp_path: Pa
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_text(tmp_path / "a.jsonl", DATA)
-    assert read.left_out == 4
+    assert [int(place.split()[-1]) for place in read.left_out] == [1, 3, 4, 5]
     assert [sample["choices"] for (sample,) in read.samples] == [["No."]]
     assert read.taken_for == {"Alpaca": 2, "MMLU": 2, "HellaSwag": 1}
 
@@ -322,7 +323,7 @@ def check_row(row: dict, data: Data, tmp_path: Path) -> None:
         if "line 1" not in str(error) and "a.jsonl" not in str(error):
             raise AssertionError(f"{error} names no place") from error
         return
-    assert len(read.samples) + read.left_out == 1
+    assert len(read.samples) + len(read.left_out) == 1
     for sample in (sample for samples in read.samples for sample in samples):
         assert 0 <= sample["answer"] < len(sample["choices"])
         assert all(choice.strip() for choice in sample["choices"])

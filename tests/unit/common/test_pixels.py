@@ -392,3 +392,12 @@ def test_parts_have_the_names_and_shares_that_settings_give(tmp_path: Path) -> N
     other = data.model_copy(update={"splits": data.splits.model_copy(update={"test": "late"})})
     with pytest.raises(DataFormatError, match=r"data.splits.test = 'late': .* has only check, fit"):
         load_images(other, "pets", "train", "")
+
+
+def test_damage_behind_the_first_page_is_said_and_the_page_used(tmp_path: Path) -> None:
+    ARROW.save(tmp_path / "whole.tiff", save_all=True, append_images=[Image.new("L", (32, 32))])
+    content = (tmp_path / "whole.tiff").read_bytes()
+    file = tmp_path / "half.tiff"
+    file.write_bytes(content[: len(content) // 2])
+    assert np.array_equal(np.asarray(read_picture(file, "white")), SEEN)
+    assert look_at(file, "white").unusual == ["damaged behind its first page or frame"]
