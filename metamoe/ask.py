@@ -12,6 +12,7 @@ from metamoe.common.data.metrics import Metrics, interval, metrics_of
 from metamoe.common.data.pictures import pictures_at
 from metamoe.common.data.questions import read_questions, with_distractors
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
+from metamoe.common.data.text import chat_ids
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.generation import generate
@@ -114,7 +115,7 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
         if loaded.seed.is_image_model:
             asked: Inputs = pixel_values(loaded.seed, [read_image(given, loaded.manifest.background)])
         elif isinstance(given, str):
-            ids = torch.tensor([_prompt_ids(loaded, given)])
+            ids = torch.tensor([prompt_ids(loaded, given)])
             asked = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
             raise InputFileError(f"this model is one of text; give it prompts, not {given}")
@@ -131,7 +132,7 @@ def spoken(loaded: Loaded, prompt: str, most: int) -> Iterator[tuple[str, str]]:
     """
     if loaded.seed.is_image_model:
         raise InputFileError("this model is one of images; ask it with 'metamoe predict'")
-    tokenizer, ids = loaded.seed.tokenizer, _prompt_ids(loaded, prompt)
+    tokenizer, ids = loaded.seed.tokenizer, prompt_ids(loaded, prompt)
     # A token can be a part of a letter, so text is what the whole reads beyond what was read before.
     made: list[int] = []
     before = ""
@@ -142,8 +143,16 @@ def spoken(loaded: Loaded, prompt: str, most: int) -> Iterator[tuple[str, str]]:
         before = text
 
 
-def _prompt_ids(loaded: Loaded, prompt: str) -> list[int]:
-    ids: list[int] = loaded.seed.tokenizer(prompt)["input_ids"]
+def prompt_ids(loaded: Loaded, prompt: str) -> list[int]:
+    """A prompt as the model's training had them: as a user's turn in the chat template, where that made them.
+
+    Raises:
+        InputFileError: it is empty.
+    """
+    tokenizer = loaded.seed.tokenizer
+    if prompt.strip() and loaded.manifest.text and tokenizer.chat_template:
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
         raise InputFileError("the prompt is empty")
     return ids
