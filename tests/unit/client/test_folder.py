@@ -186,3 +186,53 @@ def test_a_preset_is_checked_with_what_is_unusual_in_its_folders(tmp_path: Path,
     shown = capsys.readouterr().out
     assert "east: 1 transparent in places: " in shown
     assert "broken.png cannot be read as an image" in shown
+
+
+def test_three_organisations_with_pictures_of_different_kinds(small: Settings, tmp_path: Path, run_metamoe, capsys) -> None:
+    """One has its pictures from telephones, one from a scanner with 16 bits, one in a table; all are digits to the seed."""
+    rows = load_private(small, 0, "train")
+    chosen = {"train": rows.select(range(24)), "test": rows.select(range(24, 36))}
+    names = rows.features["label"].names
+    turned = Image.Exif()
+    turned[274] = 6
+    for part, samples in chosen.items():
+        lines = ["scan,digit"]
+        for number, row in enumerate(samples):
+            name, grey = names[row["label"]], row["image"].convert("L")
+            for owner in ("telephones", "scanner"):
+                (tmp_path / owner / part / name).mkdir(parents=True, exist_ok=True)
+            on_its_side = grey.transpose(Image.Transpose.ROTATE_90)
+            on_its_side.save(tmp_path / "telephones" / part / name / f"{number}.png", exif=turned)
+            sixteen = np.asarray(grey).astype(np.uint16) * 257
+            Image.fromarray(sixteen).save(tmp_path / "scanner" / part / name / f"{number}.tiff")
+            (tmp_path / "table" / "scans").mkdir(parents=True, exist_ok=True)
+            grey.save(tmp_path / "table" / "scans" / f"{part}{number}.png")
+            lines.append(f"scans/{part}{number}.png,{name}")
+        (tmp_path / "table" / f"{part}.csv").write_text("\n".join(lines))
+    owners = ["telephones", "scanner", "table"]
+    columns = ["data.image-column=scan", "data.label-column=digit"]
+    settings = changed(small, ["data.private=own", f"data.domains={json.dumps(owners)}", "clients=3", *columns])
+
+    unusual = {}
+    for owner in owners:
+        options = [word for setting in ("data.private=own", *columns) for word in ("--set", setting)]
+        assert run_metamoe("client", "check", str(tmp_path / owner), *options, "--json") == 0
+        unusual[owner] = json.loads(capsys.readouterr().out)["unusual"]
+    assert len(unusual["telephones"]["turned as EXIF says"]) == 36
+    assert len(unusual["scanner"]["with 16 bits"]) == 36
+    assert unusual["table"] == {}
+    # The same pictures, whatever they came as.
+    pixels = [[np.asarray(i) for i in read_folder(tmp_path / owner, "train", settings.data)["image"]] for owner in owners[:2]]
+    assert all(np.array_equal(*pair) for pair in zip(*pixels, strict=True))
+
+    def answers(kind, requests):
+        for client, content in requests.items():
+            yield client, respond(kind, content, Site(client, tmp_path / "state", tmp_path / owners[client]))
+
+    run_stages(settings, range(3), answers, tmp_path / "out")
+    told = {owner: json.loads((tmp_path / "state" / owner / "accuracy.json").read_text()) for owner in owners}
+    assert told["telephones"]["metrics"] == told["scanner"]["metrics"]
+    assert told["table"]["metrics"]["count"] == 12
+    model, test = str(tmp_path / "out" / "model"), tmp_path / "scanner" / "test"
+    assert run_metamoe("evaluate", model, "--data", str(test), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 12
