@@ -4,111 +4,93 @@ DIR/train/CLASS NAME/*.png     private training images
 DIR/test/CLASS NAME/*.png      images that the delivered model is evaluated on, here and nowhere else
 DIR/validation/CLASS NAME/     only where settings ask for it
 
-DIR/train.jsonl                private training questions, one JSON object a line; .jsonl.gz does as well
+DIR/train.csv, DIR/test.csv    in place of folders: tables of paths and labels (.csv, .tsv, .json, .jsonl, .parquet)
+
+DIR/train.jsonl                private training questions, instructions or conversations, one JSON object a line; .json, .csv
+                               and .parquet do as well
 DIR/test.jsonl                 likewise
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
 
-from metamoe.common.config import ListChoices
-from metamoe.common.data.images import classes_of_parts, image_dataset, image_files, readable
-from metamoe.common.data.questions import read_questions
+from metamoe.common.config import Data
+from metamoe.common.data.images import image_dataset
+from metamoe.common.data.pictures import Found, find_pictures
+from metamoe.common.data.questions import Read, dataset_of, read_text, text_files, text_survey
+from metamoe.common.data.survey import Survey, survey
 from metamoe.common.errors import DataFormatError, InputFileError, PrivateDataError
 
-_SPLITS = ("train", "validation", "test")
+_NEEDED = (("train", "train on"), ("test", "test on"))
 
 
-@dataclass(frozen=True)
-class FolderReport:
-    """What is in a client's data folder: samples by split and class, or number of choices, and what is wrong."""
-
-    counts: dict[str, dict[str, int]]
-    wrong: list[str]
-
-
-def check_questions(folder: Path) -> FolderReport:
-    """Read every question of a data folder once.
+def check_questions(folder: Path, data: Data) -> Survey:
+    """Read every question, or other text, of a data folder once.
 
     Raises:
-        PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent.
+        PrivateDataError: the folder lies in a Flower app, whose files are packed up and sent; it has no files; or a row in them
+            is not in a known layout.
     """
-    _check_place(folder)
-    counts: dict[str, dict[str, int]] = {}
-    wrong = []
-    for split in _SPLITS:
-        try:
-            questions = read_question_folder(folder, split, "always")
-            sizes = [f"{len(choices)} choices" for choices in questions["choices"]]
-            counts[split] = {size: sizes.count(size) for size in sorted(set(sizes))}
-        except PrivateDataError as error:
-            if split != "validation":
-                wrong.append(str(error))
-    return FolderReport(counts, wrong)
-
-
-def read_question_folder(folder: Path, split: str, list_choices: ListChoices) -> Dataset:
-    """The questions of one split; columns, and ``list_choices``, as in :mod:`metamoe.common.data.questions`.
-
-    Raises:
-        PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a line is not a
-            question.
-    """
-    _check_place(folder)
-    file = next((file for file in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if file.is_file()), None)
-    if file is None:
-        raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
+    files = _text_files(folder, data)
     try:
-        questions = read_questions(file, list_choices)
+        found, _ = text_survey(files, data)
     except (DataFormatError, InputFileError) as error:
         raise PrivateDataError(str(error)) from error
-    if len(questions) == 0:
-        raise PrivateDataError(f"{file} has no question with a label")
-    return questions
+    return replace(
+        found, wrong=[f"{folder} has no {part} part, such as {part}.jsonl" for part, _ in _NEEDED if part not in files]
+    )
 
 
-def check_folder(folder: Path) -> FolderReport:
+def read_question_folder(folder: Path, split: str, data: Data) -> Dataset:
+    """The questions of one split; columns as in :mod:`metamoe.common.data.questions`.
+
+    Raises:
+        PrivateDataError: as :func:`check_questions`; there is no file, or no question with a label in it; or a row is not a
+            question.
+    """
+    files = _text_files(folder, data).get(split)
+    if not files:
+        raise PrivateDataError(f"{folder} has no {split}.jsonl; put one question a line into it")
+    try:
+        samples = [samples for file in files for samples in read_text(file, data).samples]
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
+    if not samples:
+        raise PrivateDataError(f"{files[0]} has no question with a label")
+    return dataset_of(Read(samples), data)
+
+
+def check_folder(folder: Path, data: Data) -> Survey:
     """Open every image of a data folder once.
 
     Raises:
-        PrivateDataError: there is no ``train`` with a class in it, ``test`` has a class that it has not, or the folder lies in
-            a Flower app, whose files are packed up and sent.
+        PrivateDataError: there is nothing to train on, the classes are not clear, or the folder lies in a Flower app, whose
+            files are packed up and sent.
     """
-    _check_place(folder)
-    names = _class_names(folder)
-    counts: dict[str, dict[str, int]] = {}
-    wrong = []
-    for split in _SPLITS:
-        if (folder / split).is_dir():
-            counts[split] = dict.fromkeys(names, 0)
-            for file, label in image_files(folder / split, names):
-                if readable(file):
-                    counts[split][names[label]] += 1
-                else:
-                    wrong.append(f"{file} is not an image that can be read")
-    wrong += [f"{folder / split} has no images" for split in ("train", "test") if not sum(counts.get(split, {}).values())]
-    return FolderReport(counts, wrong)
+    found = survey(_found(folder, data), data)
+    return replace(
+        found, wrong=found.wrong + [f"{folder} has no images to {use}" for part, use in _NEEDED if not found.counts.get(part)]
+    )
 
 
-def read_folder(folder: Path, split: str) -> Dataset:
-    """The images of one split, in the order of their paths, decoded when they are used.
+def read_folder(folder: Path, split: str, data: Data) -> Dataset:
+    """The images of one split, in the order of their paths or of a table, decoded when they are used.
 
-    Columns: ``image`` (mode RGB) and ``label`` (index into the sorted names of the folders in ``train``).
+    Columns: ``image`` (mode RGB) and ``label`` (index into the sorted names of the classes that are trained).
 
     Raises:
         PrivateDataError: as :func:`check_folder`; the split is empty; or an image in it cannot be read.
     """
-    _check_place(folder)
-    names = _class_names(folder)
-    files = image_files(folder / split, names)
-    if not files:
-        raise PrivateDataError(f"{folder / split} has no images; put them into one folder for each class")
-    if bad := [file for file, _ in files if not readable(file)]:
-        raise PrivateDataError(f"{bad[0]} is not an image that can be read ({len(bad)} of {len(files)}); remove or replace it")
-    return image_dataset(files, names)
+    found = _found(folder, data)
+    pictures = found.parts.get(split)
+    if not pictures:
+        raise PrivateDataError(f"{folder} has no images for {split}; put them into {folder / split}, a folder for each class")
+    if bad := survey(replace(found, parts={split: pictures}, ignored={}), data).wrong:
+        raise PrivateDataError(f"{bad[0]} ({len(bad)} of {len(pictures)} cannot be read); remove or replace it")
+    return image_dataset(pictures, found.names, data.background)
 
 
 def _check_place(folder: Path) -> None:
@@ -130,8 +112,17 @@ def _is_flower_app(project: Path) -> bool:
         return False
 
 
-def _class_names(folder: Path) -> list[str]:
+def _text_files(folder: Path, data: Data) -> dict[str, list[Path]]:
+    _check_place(folder)
     try:
-        return classes_of_parts(folder)
+        return text_files(folder, data)
+    except (DataFormatError, InputFileError) as error:
+        raise PrivateDataError(str(error)) from error
+
+
+def _found(folder: Path, data: Data) -> Found:
+    _check_place(folder)
+    try:
+        return find_pictures(folder, data)
     except (DataFormatError, InputFileError) as error:
         raise PrivateDataError(str(error)) from error

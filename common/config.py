@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from metamoe.common.errors import ProxyCountError
 
@@ -11,6 +11,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Colour = Annotated[str, Field(pattern=r"^(white|black|#[0-9a-fA-F]{6})$")]
 Optimizer = Annotated[Literal["adamw", "sgd"], Field(description="sgd: with momentum 0.9")]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one, or else the CPU")
@@ -32,11 +34,54 @@ class Section(BaseModel):
 ListChoices = Literal["always", "where-needed"]
 
 
+class Splits(Section):
+    """The parts of a data set: by their names, or by fractions where a set has not been divided."""
+
+    train: str = Field("", description="name of the part that trains; empty: train or training")
+    validation: str = Field("", description="of the part for validation; empty: validation, valid, val or dev")
+    test: str = Field("", description="of the part for tests; empty: test or testing")
+    validation_fraction: Share = Field(0.1, description="of what trains, for validation, where there is no such part")
+    test_fraction: Share = Field(0.2, description="of the whole, for tests, where there is no part to test on")
+
+
+Metric = Literal["macro-f1", "balanced-accuracy", "calibration-error", "perplexity"]
+AnswerIs = Literal["index", "one-based", "letter", "text", "boolean"]
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class Columns(Section):
+    """Which column of a set of questions is what, where it is none of the layouts that are known. A dot leads into a column
+    that holds others (choices.text). Sets without the column of the question are taken for what they look like.
+    """
+
+    question: str = Field("", description="what is asked; empty: all sets are taken for what they look like")
+    context: str = Field("", description="what comes before the question")
+    choices: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (), description="one column with a list of choices, or one for each; none: the answer is a text"
+    )
+    labels: str = Field("", description="the choices' own names, by which the answer goes")
+    answer: str = Field("", description="which choice is right, or, without choices, what is answered")
+    answer_is: Literal["auto", AnswerIs] = Field(
+        "auto", description="one-based: a number from 1; auto: a label, a number from 0, a letter or the text of a choice"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Columns":
+        if self.question and not self.answer:
+            raise ValueError(f"data.columns.question = {self.question!r} needs data.columns.answer too")
+        return self
+
+
 class Data(Section):
     """Where the public set and the private domains come from."""
 
-    source: Literal["glyphs", "images", "questions"] = Field(
-        "glyphs", description="glyphs: built in; images, questions: from data.folder, or else from the hub"
+    source: Literal["glyphs", "images", "questions", "text"] = Field(
+        "glyphs",
+        description="glyphs: built in; the others from data.folder, or else from the hub. questions: with choices, and "
+        "instructions, which a public set is made of; text: instructions, conversations and documents",
     )
     private: Literal["built-in", "own"] = Field(
         "built-in", description="built-in: a domain of the source for each client; own: each client's folder, data-dir"
@@ -69,14 +114,27 @@ class Data(Section):
     workers: int = Field(
         0, ge=0, description="processes beside each one that decode images, so that a GPU need not wait; 0 is none"
     )
+    background: Colour = Field("white", description="what is seen through transparent pictures: white, black or #rrggbb")
+    image_column: str = Field("", description="of a table or a hub set, with pictures or their paths; empty: the usual names")
+    label_column: str = Field(
+        "", description="of a table or a hub set, with the classes, such as fine_label; empty: the usual names"
+    )
+    splits: Splits = Splits()
+    columns: Columns = Columns()
     prompt: str = Field("{}", description="the text a class name is put into; {} is the name")
     list_choices: ListChoices = Field(
         "always",
         description="in a question's prompt; where-needed: only if one of them speaks of the others (none of the above), from "
         "which very small models learn more",
     )
-    prompt_tokens: Count = Field(192, description="of a question, at most; the end is kept")
+    block_words: Count = Field(64, description="of a document: each block of it is learned after the one before it")
+    prompt_tokens: Count = Field(192, description="of a prompt, at most; the end is kept")
     answer_tokens: Count = Field(32, description="of an answer, at most; the beginning is kept")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is for a decoder."""
+        return self.source in ("questions", "text")
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -88,8 +146,8 @@ class Data(Section):
             raise ValueError(f"data.folder = {self.folder!r} with data.source = glyphs, which is built in; set source = images")
         if self.source != "glyphs" and self.test_corruptions:
             raise ValueError(f"data.test-corruptions is for data.source = glyphs, not {self.source}")
-        if self.source == "questions" and self.public_without:
-            raise ValueError("data.public-without goes by class names, and data.source = questions has none")
+        if self.is_text and self.public_without:
+            raise ValueError(f"data.public-without goes by class names, and data.source = {self.source} has none")
         if "{}" not in self.prompt:
             raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
         return self
@@ -308,6 +366,10 @@ class Settings(Section):
         "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
     )
     report_accuracy: bool = Field(False, description="let clients send the accuracy they measure on the delivered model")
+    metrics: tuple[Metric, ...] = Field(
+        (),
+        description="what tables have beside accuracy; results.json has all; of data.source = text, perplexity is always there",
+    )
     data: Data = Data()
     proxies: Proxies = Proxies()
     lora: Lora = Lora()
@@ -372,8 +434,8 @@ class Settings(Section):
                 "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "
                 "covered; set proxies.relevance = fisher"
             )
-        if self.privacy.expert == "dp-sgd" and self.data.source == "questions":
-            raise ValueError("privacy.expert = dp-sgd is for images, not for data.source = questions")
+        if self.privacy.expert == "dp-sgd" and self.data.is_text:
+            raise ValueError(f"privacy.expert = dp-sgd is for images, not for data.source = {self.data.source}")
         if self.privacy.expert == "dp-sgd" and self.expert_training.samples != "aligned":
             raise ValueError(
                 f"privacy.expert = dp-sgd with expert-training.samples = {self.expert_training.samples}: it starts from the "

@@ -5,33 +5,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import binomtest
 
 from metamoe.common.config import Data
-from metamoe.common.data.images import class_folders, image_dataset, image_files
-from metamoe.common.data.questions import read_questions
+from metamoe.common.data.images import image_dataset
+from metamoe.common.data.metrics import Metrics, interval, metrics_of
+from metamoe.common.data.pictures import pictures_at
+from metamoe.common.data.questions import read_questions, with_distractors
 from metamoe.common.data.tasks import class_names, pixel_values, samples_of
+from metamoe.common.data.text import chat_ids
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.inputs import Inputs, prompt_tokens
 from metamoe.predict import ImageInput, read_image
-from metamoe.simulations.evaluate import accuracy_and_routing, mean_decision
+from metamoe.simulations.evaluate import answers_and_routing, mean_decision
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in percent on ``count`` samples with its 95% interval (Wilson), and each expert's share of the tokens."""
+    """Accuracy in percent on ``count`` samples with its 95% interval (Wilson), each expert's share of the tokens, and what else
+    a field asks for.
+    """
 
     percent: float
     interval: tuple[float, float]
     count: int
     experts: list[tuple[str, float]]
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of ``right`` in ``count`` (Wilson 1927), in percent."""
-    found = binomtest(right, count).proportion_ci(method="wilson")
-    return 100 * float(found.low), 100 * float(found.high)
+    metrics: Metrics
 
 
 def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
@@ -40,7 +39,7 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
     Args:
         loaded: the model.
         path: for a model of images a folder with one folder for each class, among whose names each image is named; for one of
-            text a file of JSON lines.
+            text a file of JSON lines. A table of paths and labels is as good as a folder.
 
     Raises:
         InputFileError: there is nothing there that the model takes.
@@ -48,13 +47,14 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
     """
     manifest = loaded.manifest
     if loaded.seed.is_image_model:
-        names = class_folders(path)
-        files = image_files(path, names)
-        if not files:
-            raise InputFileError(f"{path} has no images; expected are files such as CLASS NAME/1.png")
-        samples, source = image_dataset(files, names), "images"
+        found = pictures_at(path, Data(background=manifest.background))
+        if not found.parts["test"]:
+            raise InputFileError(f"{path} has no images; expected are files such as CLASS NAME/1.png, or a table of them")
+        samples, source = image_dataset(found.parts["test"], found.names, manifest.background), "images"
     else:
-        samples, source = read_questions(path, manifest.list_choices), "questions"
+        source = "text" if manifest.text else "questions"
+        reading = Data(source=source, list_choices=manifest.list_choices, block_words=manifest.block_words)
+        samples = with_distractors(read_questions(path, reading))
         if not len(samples):
             raise InputFileError(f"{path} has no question with a label")
     data = Data(
@@ -63,14 +63,16 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
         prompt_tokens=manifest.prompt_tokens,
         answer_tokens=manifest.answer_tokens,
     )
-    percent, by_layer = accuracy_and_routing(loaded.model, samples_of(loaded.seed, data, [samples], class_names(samples)))
+    asked = samples_of(loaded.seed, data, [samples], class_names(samples))
+    told, by_layer = answers_and_routing(loaded.model, asked)
     shares = torch.tensor(by_layer).mean(0).tolist()
-    right = round(percent * len(samples) / 100)
+    right = int(told.chosen.eq(asked.answers).sum())
     return Evaluation(
-        percent,
+        100.0 * right / len(samples),
         interval(right, len(samples)),
         len(samples),
         sorted(zip(manifest.expert_names, shares, strict=True), key=lambda pair: -pair[1]),
+        metrics_of(told, asked),
     )
 
 
@@ -110,9 +112,9 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
     """
     for given in inputs:
         if loaded.seed.is_image_model:
-            asked: Inputs = pixel_values(loaded.seed, [read_image(given)])
+            asked: Inputs = pixel_values(loaded.seed, [read_image(given, loaded.manifest.background)])
         elif isinstance(given, str):
-            ids = torch.tensor([_prompt_ids(loaded, given)])
+            ids = torch.tensor([prompt_ids(loaded, given)])
             asked = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
             raise InputFileError(f"this model is one of text; give it prompts, not {given}")
@@ -121,8 +123,16 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
         yield Decision(given, dict(sorted(pairs, key=lambda pair: -pair[1])))
 
 
-def _prompt_ids(loaded: Loaded, prompt: str) -> list[int]:
-    ids: list[int] = loaded.seed.tokenizer(prompt)["input_ids"]
+def prompt_ids(loaded: Loaded, prompt: str) -> list[int]:
+    """A prompt as the model's training had them: as a user's turn in the chat template, where that made them.
+
+    Raises:
+        InputFileError: it is empty.
+    """
+    tokenizer = loaded.seed.tokenizer
+    if prompt.strip() and loaded.manifest.text and tokenizer.chat_template:
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
         raise InputFileError("the prompt is empty")
     return ids

@@ -3,18 +3,23 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 from huggingface_hub import HfApi
 
 from metamoe.common.compute import device_of
-from metamoe.common.config import Settings
+from metamoe.common.config import Data, Settings
 from metamoe.common.data.datasets import check_domains, load_domain, load_public
+from metamoe.common.data.hub import hub_name
+from metamoe.common.data.pictures import find_pictures
+from metamoe.common.data.survey import survey
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.files import cache_folder
 from metamoe.common.hub import HUB_FAILURES, hub_error
 from metamoe.common.model.sizes import Sizes, predicted_sizes
+from metamoe.show import some
 
 _LARGE = 2 * 10**9
 """Parameters above which a CPU is no fit place."""
@@ -83,13 +88,27 @@ def _local_data(settings: Settings) -> Iterator[Finding]:
             yield Finding(domain, f"{train:,} samples to train on, {test:,} to evaluate on", True)
         except MetaMoEError as error:
             yield Finding(domain, str(error), False)
+    if data.source == "images":
+        yield from _pictures(data)
+
+
+def _pictures(data: Data) -> Iterator[Finding]:
+    """What is unusual about the pictures of each set, and which of them cannot be read; every one is opened."""
+    for name in (data.public, *(data.domains if data.private == "built-in" else ())):
+        try:
+            looked = survey(find_pictures(Path(data.folder) / name, data), data)
+        except MetaMoEError:
+            # Said above, of the set.
+            continue
+        yield from (Finding(name, wrong, False) for wrong in looked.wrong)
+        yield from (Finding(name, f"{len(files)} {what}: {some(files)}", True) for what, files in looked.unusual.items())
 
 
 def _hub_data(settings: Settings) -> Iterator[Finding]:
     data = settings.data
     for name, hub in [("public set", data.public_hub), *zip(data.domains, data.hub, strict=False)]:
         try:
-            HfApi().auth_check(hub, repo_type="dataset")
+            HfApi().auth_check(hub_name(hub), repo_type="dataset")
         except HUB_FAILURES as error:
             yield Finding(name, str(hub_error("data.hub", hub, error)), False)
         else:

@@ -20,6 +20,7 @@ from rich.text import Text
 from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
 from metamoe.cli_client import client
+from metamoe.cli_data import data
 from metamoe.cli_deploy import deploy
 from metamoe.cli_export import export, push
 from metamoe.cli_model import evaluate, predict
@@ -154,7 +155,7 @@ for command in (
     settings,
 ):
     app.command()(command)
-for group, name in ((deploy, "deploy"), (client, "client"), (audit, "audit")):
+for group, name in ((deploy, "deploy"), (client, "client"), (data, "data"), (audit, "audit")):
     app.add_typer(group, name=name)
 
 

@@ -49,15 +49,18 @@ def predict(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a unified model, e.g. runs/demo/model.")],
     data: Annotated[
-        Path, typer.Option(help="A folder with a folder of images for each class, or a file of questions (.jsonl, .jsonl.gz).")
+        Path,
+        typer.Option(help="A folder with a folder of images for each class, a table of them, or a file of questions or text."),
     ],
     task: Annotated[Task | None, typer.Option(help="What the model must be for. (default: what it is for)")] = None,
     as_json: Annotated[
         bool,
-        json_option("task, percent (accuracy), interval, count (samples), experts (each one's share of tokens)"),
+        json_option("task, percent (accuracy), interval, count (samples), experts (each one's share of tokens), metrics"),
     ] = False,
 ) -> None:
-    """Measure a unified model on labelled samples of your own: accuracy with its 95% interval, and which experts were used."""
+    """Measure a unified model on labelled samples of your own: accuracy with its 95% interval, other metrics, and which
+    experts were used.
+    """
     from metamoe.ask import evaluate_on
     from metamoe.common.model.artifact import load_model
 
@@ -71,6 +74,9 @@ def evaluate(
         put_json({"task": own, **asdict(result), "experts": dict(result.experts)})
         return
     low, high = result.interval
-    console.print(f"accuracy: {result.percent:.1f}% [{low:.1f}, {high:.1f}] on {result.count} {own}", markup=False)
+    what = "told from others' answers" if loaded.manifest.text else "accuracy"
+    console.print(f"{what}: {result.percent:.1f}% [{low:.1f}, {high:.1f}] on {result.count} {own}", markup=False)
+    others = {name: value for name, value in asdict(result.metrics).items() if isinstance(value, float) and name != "accuracy"}
+    console.print(", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in others.items()), markup=False)
     shares = ", ".join(f"{expert} {share:.1%}" for expert, share in result.experts if share > 0)
     console.print(f"tokens went to: {shares}", markup=False, soft_wrap=True)

@@ -75,13 +75,18 @@ def _show(results: dict[str, Any], settings: Settings, folder: Path, as_json: bo
     if as_json:
         put_json({**results, "folder": str(folder)})
         return
+    from metamoe.simulations.results import metric_rows, shown_metrics
+
     columns = [*results["routing"], "average"]
     rows = [
         [method, *(f"{by_domain[column]:.1f}" for column in columns), f"{results['public_accuracy'][method]:.1f}"]
         for method, by_domain in results["accuracy"].items()
     ]
-    title = f"accuracy on {settings.data.evaluate_on} data, %"
-    show_table(console, ["method", *columns, "public, held out"], rows, title=title)
+    what = "told from three others' answers" if settings.data.source == "text" else "accuracy"
+    show_table(console, ["method", *columns, "public, held out"], rows, title=f"{what} on {settings.data.evaluate_on} data, %")
+    for metric in shown_metrics(settings):
+        header = ["method", *results["routing"], "public, held out"]
+        show_table(console, header, metric_rows(results, metric), title=metric.replace("-", " "))
     console.print(f"model: {folder / 'model'}\nreport: {folder / 'report.md'}", soft_wrap=True)
 
 

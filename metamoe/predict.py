@@ -6,9 +6,10 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from metamoe.common.data.pixels import DAMAGED, read_picture, rgb
 from metamoe.common.data.tasks import pixel_values
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
@@ -58,7 +59,7 @@ def predict_images(
     """
     experts = loaded.manifest.expert_names
     for image in images:
-        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(image)]))
+        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(image, loaded.manifest.background)]))
         probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
@@ -70,18 +71,17 @@ def predict_images(
         )
 
 
-def read_image(image: ImageInput) -> Image.Image:
-    """An image in mode RGB.
+def read_image(image: ImageInput, background: str) -> Image.Image:
+    """An image in mode RGB, as models are trained on it: see ``common/data/pixels.py``.
 
     Raises:
         InputFileError: it cannot be read.
     """
+    if not isinstance(image, Image.Image):
+        return read_picture(image, background)
     try:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        return rgb(image, background)
+    except DAMAGED as error:
         raise InputFileError(f"{image} cannot be read as an image: {error}") from error
 
 

@@ -64,8 +64,9 @@ def as_markdown() -> str:
 
 
 def _about(group: str) -> str:
-    field = next((field for field in Settings.model_fields.values() if field.alias == group), None)
-    section = field.annotation if field else Settings
+    section: Any = Settings
+    for name in group.split(".") if group != _RUN else ():
+        section = next(field.annotation for field in section.model_fields.values() if field.alias == name)
     return " ".join((section.__doc__ or "").split())
 
 
@@ -75,7 +76,7 @@ def _settings_of(section: type[Section], prefix: str) -> Iterator[Setting]:
     for name, field in fields:
         alias = field.alias or name
         if _is_section(field):
-            yield from _settings_of(field.annotation, f"{alias}.")  # type: ignore[arg-type]
+            yield from _settings_of(field.annotation, f"{prefix}{alias}.")  # type: ignore[arg-type]
         else:
             default = tomli_w.dumps({"x": _plain(field.default)}).removeprefix("x = ").strip()
             yield Setting(

@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from metamoe.common.data.metrics import Metrics
 from metamoe.simulations.benchmark.tables import Sent
 
 
@@ -35,6 +36,8 @@ class RunResults(_Part):
     model: str = Field(description="hash of the unified model")
     accuracy: dict[str, dict[str, float]] = Field(description="of each method on each domain, and its average over them, %")
     public_accuracy: dict[str, float] = Field(description="of each method on the held-out public samples, %")
+    metrics: dict[str, dict[str, Metrics]] = Field({}, description="of each method on each domain and the public samples")
+    worst_domain: dict[str, str] = Field({}, description="of each method the domain on which it is worst")
     routing: dict[str, dict[str, float]] = Field(description="of each domain's tokens the share that went to each expert")
     clients: list[ClientTransfer]
     missing: list[MissingClient]

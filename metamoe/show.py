@@ -95,3 +95,9 @@ def _widened(widths: Sequence[int], widest: Sequence[int], spare: int) -> list[i
         wider[i] += more
         spare -= more
     return wider
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many there are beyond them."""
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

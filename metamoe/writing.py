@@ -8,6 +8,7 @@ import torch
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
+from metamoe.ask import prompt_ids
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.model.artifact import Loaded, Manifest
 from metamoe.common.model.generation import Decoding, Request, Sampling, Step
@@ -135,7 +136,7 @@ def text_request(loaded: Loaded, prompt: str | Messages, how: Writing, limit: in
     check_text(loaded)
     tokenizer = loaded.seed.tokenizer
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids = prompt_ids(loaded, prompt)
     elif tokenizer.chat_template is None:
         raise InputFileError("the seed's tokenizer has no chat template; give a prompt as one text")
     else:
@@ -144,8 +145,6 @@ def text_request(loaded: Loaded, prompt: str | Messages, how: Writing, limit: in
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise InputFileError(f"the seed's chat template does not take these messages: {error}") from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputFileError("the prompt is empty")
     room = (limit or longest_text(loaded)) - how.max_tokens
     if len(ids) > room:
         if not how.truncate or room < 1:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from metamoe.common import config
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, held_out_public
+from metamoe.common.data.metrics import Answered, joined, said
 from metamoe.common.data.tasks import Samples, class_names, samples_of
 from metamoe.common.model.batch import Batch, Scores
 from metamoe.common.model.inputs import Inputs, Tokens, encode, masked_mean
@@ -48,20 +49,20 @@ def test_sets(seed_model: str, data: config.Data) -> list[EvaluationSet]:
 
 
 @torch.inference_mode()
-def accuracy_and_routing(model: UnifiedModel, samples: Samples) -> tuple[float, list[list[float]]]:
-    """A unified model's accuracy in percent and, from the same pass, the share of all tokens, of text those of prompts, whose
+def answers_and_routing(model: UnifiedModel, samples: Samples) -> tuple[Answered, list[list[float]]]:
+    """What a unified model says to samples and, from the same pass, the share of all tokens, of text those of prompts, whose
     most likely expert is each of the K, for each layer that decides. [G][K].
     """
-    counts, right = torch.zeros(1), 0
+    counts, parts = torch.zeros(1), []
     for rows in torch.arange(len(samples.answers)).split(samples.at_once):
         batch = samples.asked(rows)
         encoded, decisions = model(batch.inputs)
-        right += int(batch.scores(model.backbone, encoded).argmax(1).cpu().eq(samples.answers[rows]).sum())
+        parts.append(said(batch.scores(model.backbone, encoded), samples.answers[rows]))
         mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else torch.ones(decisions[0].shape[:2], dtype=torch.bool)
         best = (decision.argmax(-1).cpu().expand(mask.shape)[mask] for decision in decisions)
         counts = counts + torch.stack([torch.bincount(one, minlength=decisions[0].shape[-1]) for one in best])
     shares = counts / counts.sum(dim=1, keepdim=True)
-    return 100.0 * right / len(samples.answers), [[round(share, 4) for share in row] for row in shares.tolist()]
+    return joined(parts), [[round(share, 4) for share in row] for row in shares.tolist()]
 
 
 def dense(model: PreTrainedModel) -> Scores:
@@ -135,6 +136,6 @@ def own_share(owners: Sequence[set[str]], test: EvaluationSet, shares: list[list
     Args:
         owners: the domains of each expert, in the order of the shares.
         test: the test set.
-        shares: see :func:`accuracy_and_routing`.
+        shares: see :func:`answers_and_routing`.
     """
     return sum(row[k] for row in shares for k, domains in enumerate(owners) if test.domain in domains) / len(shares)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from metamoe.common.compute import threads
-from metamoe.common.config import Settings
-from metamoe.common.data.tasks import accuracy
+from metamoe.common.config import Metric, Settings
+from metamoe.common.data.metrics import Metrics, answered, metrics_of
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.model.artifact import load_model, write_card
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
 from metamoe.common.model.seed import load_seed
 from metamoe.simulations.benchmark.tables import table
-from metamoe.simulations.evaluate import PUBLIC, accuracy_and_routing, dense, test_sets
+from metamoe.simulations.evaluate import PUBLIC, answers_and_routing, dense, test_sets
 
 UNIFIED = "metamoe"
 ZERO_SHOT = "zero-shot"
@@ -26,6 +27,15 @@ _HOW_QUESTIONS = (
     "Of each question the choice with the largest mean log-likelihood a token is taken, of each held-out instruction its own "
     "output among three others."
 )
+_HOW_TEXT = (
+    "Of each prompt the answer with the largest mean log-likelihood a token is taken, of its own and those of three others."
+)
+_TITLES: dict[Metric, str] = {
+    "macro-f1": "Macro F1, %",
+    "balanced-accuracy": "Balanced accuracy, %",
+    "calibration-error": "Expected calibration error, %",
+    "perplexity": "Perplexity of held-out answers",
+}
 
 
 def write_results(settings: Settings, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -52,6 +62,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     methods[UNIFIED] = unified.scores
 
     accuracies: dict[str, dict[str, float]] = {method: {} for method in methods}
+    metrics: dict[str, dict[str, Metrics]] = {method: {} for method in methods}
     routing: dict[str, dict[str, float]] = {}
     with threads(settings.compute.server_threads):
         sets = test_sets(settings.seed_model, settings.data)
@@ -59,15 +70,17 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
         for done, (test, method) in enumerate(pairs):
             progress(done, len(pairs))
             if method == UNIFIED:
-                percent, by_layer = accuracy_and_routing(unified, test.samples)
+                found, by_layer = answers_and_routing(unified, test.samples)
                 shares = zip(loaded.manifest.expert_names, np.mean(by_layer, axis=0), strict=True)
                 routing[test.name] = {name: round(float(share), 4) for name, share in shares}
             else:
-                percent = accuracy(methods[method], test.samples)
-            accuracies[method][test.name] = round(percent, 2)
+                found = answered(methods[method], test.samples)
+            metrics[method][test.name] = metrics_of(found, test.samples)
+            accuracies[method][test.name] = metrics[method][test.name].accuracy
         progress(len(pairs), len(pairs))
     public = {method: by_set.pop(PUBLIC) for method, by_set in accuracies.items()}
     del routing[PUBLIC]
+    worst = {method: min(by_domain, key=by_domain.__getitem__) for method, by_domain in accuracies.items()}
     for by_domain in accuracies.values():
         by_domain["average"] = round(sum(by_domain.values()) / len(by_domain), 2)
     results = {
@@ -76,6 +89,8 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
         "model": summary["model"],
         "accuracy": accuracies,
         "public_accuracy": public,
+        "metrics": {m: {name: asdict(found) for name, found in by_set.items()} for m, by_set in metrics.items()},
+        "worst_domain": worst,
         "routing": routing,
         "clients": summary["clients"],
         "missing": summary["missing"],
@@ -90,10 +105,31 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
 def _accuracy_table(results: dict[str, Any]) -> list[str]:
     domains = list(results["routing"])
     rows = [
-        [method, *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]), f"{results['public_accuracy'][method]:.1f}"]
+        [
+            method,
+            *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]),
+            f"{results['public_accuracy'][method]:.1f}",
+            f"{min(by_domain.values()):.1f} ({results['worst_domain'][method]})",
+        ]
         for method, by_domain in results["accuracy"].items()
     ]
-    return table(["method", *domains, "average", "public, held out"], rows)
+    return table(["method", *domains, "average", "public, held out", "worst domain"], rows)
+
+
+def shown_metrics(settings: Settings) -> list[Metric]:
+    """What tables have beside accuracy: what settings ask for, and of text perplexity, which is what it is about."""
+    return list(dict.fromkeys([*(("perplexity",) if settings.data.source == "text" else ()), *settings.metrics]))
+
+
+def metric_rows(results: dict[str, Any], metric: Metric) -> list[list[str]]:
+    """A table's rows: each method with a metric on every domain and, last, on the public samples."""
+    name = metric.replace("-", "_")
+    sets = [*results["routing"], PUBLIC]
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}" if metric == "perplexity" else f"{value:.1f}"
+
+    return [[method, *(cell(by_set[d][name]) for d in sets)] for method, by_set in results["metrics"].items()]
 
 
 def report(settings: Settings, results: dict[str, Any]) -> str:
@@ -105,13 +141,13 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
         lines += ["## Missing clients", ""]
         lines += table(["client", "stage", "reason"], [[m["name"], m["stage"], m["reason"]] for m in results["missing"]])
         lines += [""]
-    lines += [
-        f"## Accuracy on {settings.data.evaluate_on} data, %",
-        "",
-        _HOW_QUESTIONS if settings.data.source == "questions" else _HOW_IMAGES,
-        "",
-    ]
+    title = "Told from others' answers" if settings.data.source == "text" else "Accuracy"
+    how = {"questions": _HOW_QUESTIONS, "text": _HOW_TEXT}.get(settings.data.source, _HOW_IMAGES)
+    lines += [f"## {title} on {settings.data.evaluate_on} data, %", "", how, ""]
     lines += _accuracy_table(results)
+    for metric in shown_metrics(settings):
+        lines += ["", f"## {_TITLES[metric]}", ""]
+        lines += table(["method", *domains, "public, held out"], metric_rows(results, metric))
     lines += ["", "## Where tokens went", ""]
     lines += table(["domain", *experts], [[d, *(f"{results['routing'][d][e]:.3f}" for e in experts)] for d in domains])
     lines += ["", "## What each client transmitted", ""]

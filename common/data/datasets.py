@@ -93,7 +93,7 @@ def held_out_public(data: Data) -> Dataset:
     if data.evaluate_on == "test":
         return held_out
     training = _random_part(load_public(data, "train"), len(held_out), np.random.default_rng(1))
-    return with_distractors(training) if data.source == "questions" else training
+    return with_distractors(training) if data.is_text else training
 
 
 def evaluation_sets(data: Data) -> dict[str, Dataset]:
@@ -102,6 +102,9 @@ def evaluation_sets(data: Data) -> dict[str, Dataset]:
     """
     part = data.evaluate_on
     tests = {domain: load_domain(data, domain, part) for domain in data.domains}
+    if data.is_text:
+        # With a single answer to choose, any model would be right.
+        return {domain: with_distractors(test) for domain, test in tests.items()}
     if not data.test_corruptions:
         return tests
     return {
@@ -129,7 +132,7 @@ def known_classes(data: Data) -> list[str]:
     """Every class name of the public set and of the domains, as their source publishes them or the settings name them: what a
     unified model chooses among. Questions bring their own choices, so of them there are none.
     """
-    if data.source == "questions":
+    if data.is_text:
         return []
     public = load_public(data).features["label"].names
     if data.private == "own":
@@ -193,7 +196,8 @@ def public_fingerprint(data: Data) -> str:
     files = [(file, stat.st_size, stat.st_mtime_ns) for file in _files_of(public) for stat in [Path(file).stat()]]
     if not files:
         return fingerprint(public)
-    made_of = data.model_dump_json(include={"source", "folder", "public", "public_hub", "public_without", "public_samples"})
+    # All settings, as many decide what a sample is; it is no loss that some do not.
+    made_of = data.model_dump_json(exclude={"workers", "hub", "domains", "dirichlet", "private_samples", "test_samples"})
     key = hashlib.sha256(json.dumps([version("metamoe-fl"), made_of, files]).encode()).hexdigest()
     kept = cache_folder() / "fingerprints" / key[:32]
     if not kept.is_file():

@@ -1,13 +1,13 @@
-"""Questions with several choices, from JSON lines or a hub, in the forms in which such sets are published.
+"""Text from files or a hub: questions with several choices, and what is no question.
 
 A data set has the columns ``prompt`` (the question as text, with its choices if they are to be listed), ``choices`` (their
-texts) and ``answer`` (index of the right one). Instructions with their output are questions with one choice.
+texts) and ``answer`` (index of the right one). What is no question has one choice, what comes after it, and the column
+``turns``: what was said before it, from which a chat template makes the prompt, where the tokenizer has one.
 """
 
-import gzip
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,42 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from metamoe.common.config import Data, ListChoices
+from metamoe.common.config import Data
+from metamoe.common.data.conversations import blocks_of, texts_of
 from metamoe.common.data.hub import load_from_hub
-from metamoe.common.errors import DataFormatError, InputFileError
+from metamoe.common.data.layouts import INSTRUCTIONS, QUESTIONS, layout_of, mapped
+from metamoe.common.data.rows import Question, counted_from, question_of
+from metamoe.common.data.splits import by_part
+from metamoe.common.data.survey import Survey
+from metamoe.common.data.tables import KINDS, Row, read_rows, table_kind
+from metamoe.common.errors import InputFileError
 
 FEATURES = Features({"prompt": Value("string"), "choices": List(Value("string")), "answer": Value("int64")})
-_PARTS = ("train", "validation", "test")
-_TRAIN_SHARE, _VALIDATION_SHARE = 0.8, 0.1
+TEXT_FEATURES = Features({**FEATURES, "turns": List({"role": Value("string"), "content": Value("string")})})
+_PLAIN = (".txt", ".md")
 _DISTRACTORS = 3
-_NEEDS_LIST = re.compile(r"\b(none|all|any|both|either|neither) of the above\b", re.IGNORECASE)
-_FORMS = (
-    "context, question, choices (a list), answer (an index); question, choices (text, label), answerKey; context, question, "
-    "answer0 to answer3, label; context, question, answerA to answerC, label; instruction, input, output"
-)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read.
+
+    Attributes:
+        samples: of each row that has any; several of a conversation or a document.
+        taken_for: names of layouts, and how many rows have each.
+        left_out: where rows without a label or an answer are.
+    """
+
+    samples: list[list[Question]] = field(default_factory=list)
+    taken_for: Counter[str] = field(default_factory=Counter)
+    left_out: list[str] = field(default_factory=list)
 
 
 def load_questions(data: Data, name: str, split: str, hub: str) -> Dataset:
     """One part of a domain or of the public set.
 
-    A set that has no part with labels to test on is divided: the first 80% of a shuffle with seed 0 train, the rest tests; the
-    last tenth of what trains is for validation, where there is nothing else.
+    A set that has no part with labels to test on is divided: a shuffle with seed 0 trains and, its last part, tests; the last
+    part of what trains is for validation, where there is nothing else (``data.splits``).
 
     Args:
         data: settings; ``data.folder`` says where to look.
@@ -47,151 +63,168 @@ def load_questions(data: Data, name: str, split: str, hub: str) -> Dataset:
         HubError: the hub does not give it.
         DataFormatError: it has other columns or labels.
     """
-    return _parts(data.folder, name, hub, data.list_choices)[split]
+    return _parts(data, name, hub)[split]
 
 
 def with_distractors(held_out: Dataset) -> Dataset:
-    """Instructions as questions: each with the outputs of three others to choose among, which shows what a model forgot."""
-    rng = np.random.default_rng(0)
-    own = [choices[0] for choices in held_out["choices"]]
-    rows: list[dict[str, Any] | None] = []
-    for row, prompt in enumerate(held_out["prompt"]):
-        others = [i for i in rng.permutation(len(own))[: _DISTRACTORS + 1].tolist() if i != row][:_DISTRACTORS]
-        choices, answer = [own[i] for i in others], int(rng.integers(len(others) + 1))
-        choices.insert(answer, own[row])
-        rows.append({"prompt": prompt, "choices": choices, "answer": answer})
-    return _dataset(rows)
-
-
-def question_row(row: Mapping[str, Any], place: str, list_choices: ListChoices) -> dict[str, Any] | None:
-    """A question out of a row in one of the forms in which they are published; None if it has no label.
-
-    Args:
-        row: of the published set.
-        place: of the row, for errors.
-        list_choices: when its prompt lists the choices, of which there are several: always, or where one of them speaks of the
-            others.
-
-    Raises:
-        DataFormatError: names the place and what is wrong.
+    """Answers without choices as questions: each with the answers of three others to choose among. Of a question that has
+    choices it leaves those.
     """
-    context = _text(row, "context", place) if "context" in row else ""
-    if "instruction" in row and "output" in row:
-        given = _text(row, "input", place) if "input" in row else ""
-        asked = "\n".join(filter(None, (_text(row, "instruction", place), given)))
-        return _question("", asked, [_text(row, "output", place)], 0, listed=False)
-    choices: Any = row.get("choices")
-    key: Any = row.get("answer")
-    names: list[Any] = []
-    if isinstance(choices, Mapping):
-        choices, names, key = choices.get("text"), choices.get("label") or [], row.get("answerKey")
-    elif choices is None and "label" in row:
-        letters = "0123" if "answer0" in row else "ABC"
-        choices, key = [_text(row, f"answer{letter}", place) for letter in letters], row["label"]
-        names = list(range(len(choices))) if "answer0" in row else ["1", "2", "3"]
-    if "question" not in row or not isinstance(choices, list) or key is None:
-        raise DataFormatError(f"{place} has the columns {sorted(row)}; known forms are: {_FORMS}")
-    if not choices or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise DataFormatError(f"{place}: choices = {choices!r} is not a list of texts")
-    if key in ("", -1):
-        return None
-    names = names or list(range(len(choices)))
-    if isinstance(key, bool) or key not in names or len(names) != len(choices):
-        raise DataFormatError(f"{place}: the answer {key!r} is none of {names}")
-    listed = len(choices) > 1 and (list_choices == "always" or any(map(_NEEDS_LIST.search, choices)))
-    return _question(context, _text(row, "question", place), choices, names.index(key), listed)
+    rng = np.random.default_rng(0)
+    rows = list(held_out)
+    own = [row["choices"][0] for row in rows]
+    for number, row in enumerate(rows):
+        if len(row["choices"]) > 1:
+            continue
+        others = [i for i in rng.permutation(len(own))[: _DISTRACTORS + 1].tolist() if i != number][:_DISTRACTORS]
+        choices, answer = [own[i] for i in others], int(rng.integers(len(others) + 1))
+        choices.insert(answer, own[number])
+        rows[number] = row | {"choices": choices, "answer": answer}
+    return _dataset(rows, held_out.features)
 
 
-def _question(context: str, question: str, choices: Sequence[str], answer: int, listed: bool) -> dict[str, Any]:
-    lines = [
-        *filter(None, (context.strip(), question.strip())),
-        *(f"- {choice.strip()}" for choice in choices if listed),
-        "Answer:",
-    ]
-    return {"prompt": "\n".join(lines), "choices": [choice.strip() for choice in choices], "answer": answer}
-
-
-def _text(row: Mapping[str, Any], name: str, place: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise DataFormatError(f"{place}: {name} = {value!r} is not text; known forms are: {_FORMS}")
-    return value
-
-
-def read_questions(file: Path, list_choices: ListChoices) -> Dataset:
-    """The labelled questions of a file of JSON lines, which may be compressed (.gz); ``list_choices`` as in
-    :func:`question_row`.
+def read_questions(file: Path, data: Data) -> Dataset:
+    """The labelled questions of a file, or its samples of text that is no question.
 
     Raises:
         InputFileError: it cannot be read.
-        DataFormatError: a line is not a question in a known form.
+        DataFormatError: a row is not in a known layout, nor in that of ``data.columns``.
     """
-    rows = []
-    try:
-        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    place = f"{file}, line {number}"
-                    rows.append(question_row(_object(line, place), place, list_choices))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputFileError(f"{file} cannot be read: {error}") from error
-    return _dataset(rows)
+    return dataset_of(read_text(file, data), data)
 
 
-def _dataset(rows: Sequence[dict[str, Any] | None]) -> Dataset:
-    """Rows as a data set, without those that have no label; there may be none."""
-    labelled = [row for row in rows if row]
-    return Dataset.from_dict({name: [row[name] for row in labelled] for name in FEATURES}, features=FEATURES)
+def read_text(file: Path, data: Data) -> Read:
+    """The same with what was left out, and what rows were taken for."""
+    if data.source == "text" and file.suffix.lower() in _PLAIN:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputFileError(f"{file} cannot be read as UTF-8: {error}") from error
+        blocks = blocks_of(text, data.block_words)
+        return Read([blocks] if blocks else [], Counter(["documents"]), [] if blocks else [str(file)])
+    return _read(read_rows(file), data, str(file))
 
 
-def _object(line: str, place: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataFormatError(f"{place} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataFormatError(f"{place} is not a JSON object")
-    return row
+def dataset_of(read: Read, data: Data) -> Dataset:
+    """All samples that were read, in their order; there may be none."""
+    features = TEXT_FEATURES if data.source == "text" else FEATURES
+    return _dataset([sample for samples in read.samples for sample in samples], features)
+
+
+def text_files(folder: Path, data: Data) -> dict[str, list[Path]]:
+    """The files of a set by part; all of a set that was not divided are of "train".
+
+    Raises:
+        InputFileError: there are none, or which is for what is not clear.
+        DataFormatError: there is no part of a name that the settings give.
+    """
+    files = sorted(file for file in folder.glob("*") if _is_text(file, data))
+    named = by_part(files, data.splits, str(folder))
+    chosen = any((data.splits.train, data.splits.validation, data.splits.test))
+    if "train" in named and (chosen or sum(map(len, named.values())) == len(files)):
+        return named
+    if not files:
+        folders = by_part([entry for entry in sorted(folder.glob("*")) if entry.is_dir()], data.splits, str(folder))
+        within = {part: sorted(file for at in places for file in at.rglob("*")) for part, places in folders.items()}
+        parts = {part: [file for file in there if _is_text(file, data)] for part, there in within.items()}
+        if parts.get("train"):
+            return parts
+    if len(files) == 1 or (files and all(file.suffix.lower() in _PLAIN for file in files)):
+        return {"train": files}
+    raise InputFileError(
+        f"{folder} has {len(files)} files of JSON lines, JSON, CSV or Parquet; expected are train.jsonl with test.jsonl or "
+        "validation.jsonl, a single file of any name (each may end in .gz), or names given by data.splits"
+    )
+
+
+def text_survey(files: Mapping[str, list[Path]], data: Data) -> tuple[Survey, dict[str, list[Read]]]:
+    """What rows of each part were taken for, and which were left out; and what was read.
+
+    Raises:
+        InputFileError, DataFormatError: as :func:`read_questions`.
+    """
+    reads = {part: [read_text(file, data) for file in there] for part, there in files.items()}
+    counts = {part: dict(sum((read.taken_for for read in there), Counter[str]())) for part, there in reads.items()}
+    left_out = [place for there in reads.values() for read in there for place in read.left_out]
+    return Survey(counts, [], unusual={"left out, without a label or an answer": left_out} if left_out else {}), reads
+
+
+def _is_text(file: Path, data: Data) -> bool:
+    plain = data.source == "text" and file.suffix.lower() in _PLAIN and not file.name.startswith(".")
+    return file.is_file() and (plain or table_kind(file) in KINDS)
+
+
+def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
+    own, known = mapped(data.columns), (*QUESTIONS, *INSTRUCTIONS)
+    places: list[str] = []
+    samples: list[list[Question]] = []
+    taken_for = Counter[str]()
+    unsure: list[tuple[int, Row]] = []
+    for place, row in rows:
+        places.append(place)
+        if data.source == "text":
+            name, found = texts_of(row, place, data)
+        else:
+            layout = layout_of(row, place, known, own)
+            name, found = layout.name, []
+            if layout.answer_is == "counted":
+                unsure.append((len(samples), row))
+            elif question := question_of(row, layout, place, data.list_choices):
+                found = [question]
+        taken_for[name] += 1
+        samples.append(found)
+    if unsure:
+        layout = counted_from([row for _, row in unsure], layout_of(unsure[0][1], where, known, own), where)
+        for number, row in unsure:
+            if question := question_of(row, layout, places[number], data.list_choices):
+                samples[number] = [question]
+    left_out = [place for place, found in zip(places, samples, strict=True) if not found]
+    return Read([found for found in samples if found], taken_for, left_out)
+
+
+def _dataset(samples: Sequence[Question], features: Features) -> Dataset:
+    return Dataset.from_dict({name: [sample[name] for sample in samples] for name in features}, features=features)
 
 
 @lru_cache(maxsize=16)
-def _parts(folder: str, name: str, hub: str, list_choices: ListChoices) -> dict[str, Dataset]:
-    found = _from_folder(Path(folder) / name, list_choices) if folder else _from_hub(hub, list_choices)
-    found = {part: data for part, data in found.items() if len(data)}
+def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
+    where = str(Path(data.folder) / name) if data.folder else hub
+    read = _from_folder(Path(where), data) if data.folder else _from_hub(hub, data)
+    found = {part: samples for part, samples in read.items() if samples}
     if not found:
-        raise InputFileError(f"{Path(folder) / name if folder else hub} has no question with a label")
+        raise InputFileError(f"{where} has no question with a label, and no answer")
     test = next((part for part in ("test", "validation") if part in found and len(found) > 1), None)
     if test is None:
         (whole,) = found.values()
         order = np.random.default_rng(0).permutation(len(whole))
-        train, tested = np.split(order, [round(_TRAIN_SHARE * len(whole))])
-        train_data, test_data, validation = whole.select(train), whole.select(tested), None
+        train, tested = np.split(order, [round((1 - data.splits.test_fraction) * len(whole))])
+        parts = {"train": [whole[i] for i in train], "test": [whole[i] for i in tested]}
+    elif "train" not in found:
+        raise InputFileError(f"{where} has only {' and '.join(found)}; a part to train on is needed: set data.splits.train")
     else:
-        train_data, test_data = found["train"], found[test]
-        validation = found.get("validation") if test == "test" else None
-    if validation is None:
-        kept = len(train_data) - round(_VALIDATION_SHARE * len(train_data))
-        validation, train_data = train_data.select(range(kept, len(train_data))), train_data.select(range(kept))
-    return {"train": train_data, "validation": validation, "test": test_data}
+        parts = {"train": found["train"], "test": found[test]}
+        if test == "test" and "validation" in found:
+            parts["validation"] = found["validation"]
+    if "validation" not in parts:
+        kept = len(parts["train"]) - round(data.splits.validation_fraction * len(parts["train"]))
+        parts |= {"validation": parts["train"][kept:], "train": parts["train"][:kept]}
+    return {part: dataset_of(Read(samples), data) for part, samples in parts.items()}
 
 
-def _from_folder(folder: Path, list_choices: ListChoices) -> dict[str, Dataset]:
-    files = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in folder.glob(pattern))
-    named = {part: file for file in files for part in _PARTS if file.name.split(".")[0] == part}
-    if "train" in named and len(named) == len(files):
-        return {part: read_questions(file, list_choices) for part, file in named.items()}
-    if len(files) != 1:
-        raise InputFileError(
-            f"{folder} has {len(files)} files of JSON lines; expected are train.jsonl with test.jsonl or validation.jsonl, or "
-            "a single file of any name (each may end in .gz)"
-        )
-    return {"train": read_questions(files[0], list_choices)}
-
-
-def _from_hub(hub: str, list_choices: ListChoices) -> dict[str, Dataset]:
-    found = load_from_hub(hub)
+def _from_folder(folder: Path, data: Data) -> dict[str, list[list[Question]]]:
     return {
-        part: _dataset([question_row(row, f"{hub}, {part}, row {i}", list_choices) for i, row in enumerate(found[part])])
-        for part in _PARTS
-        if part in found
+        part: [samples for file in files for samples in read_text(file, data).samples]
+        for part, files in text_files(folder, data).items()
+    }
+
+
+def _from_hub(hub: str, data: Data) -> dict[str, list[list[Question]]]:
+    found = load_from_hub(hub)
+
+    def read(name: str) -> list[list[Question]]:
+        rows: Iterable[tuple[str, Any]] = ((f"{hub}, {name}, row {i}", row) for i, row in enumerate(found[name]))
+        return _read(rows, data, f"{hub}, {name}").samples
+
+    return {
+        part: [samples for name in names for samples in read(name)] for part, names in by_part(found, data.splits, hub).items()
     }

@@ -29,6 +29,7 @@ class Samples(Protocol):
     Attributes:
         answers: int64 [N], the right class or choice of each.
         at_once: how many of them are well computed together.
+        answer_tokens: int64 [N], tokens of each right answer; None where answers are classes.
     """
 
     @property
@@ -36,6 +37,9 @@ class Samples(Protocol):
 
     @property
     def at_once(self) -> int: ...
+
+    @property
+    def answer_tokens(self) -> Tensor | None: ...
 
     def taught(self, rows: Tensor) -> Batch:
         """These samples with what is to be learned."""
@@ -54,6 +58,7 @@ class ImageSamples:
     answers: Tensor
     texts: Tensor
     at_once: int = _BATCH
+    answer_tokens: None = None
 
     def taught(self, rows: Tensor) -> ImageBatch:
         return ImageBatch(self.pixels[rows], self.answers[rows], self.texts)
@@ -73,6 +78,10 @@ class TextSamples:
     @cached_property
     def answers(self) -> Tensor:
         return torch.tensor([question.answer for question in self.questions])
+
+    @cached_property
+    def answer_tokens(self) -> Tensor:
+        return torch.tensor([len(question.choices[question.answer]) for question in self.questions])
 
     def taught(self, rows: Tensor) -> TextBatch:
         """Each prompt with its right choice and the end of the text."""
@@ -122,8 +131,8 @@ def check_seed(seed: Seed, data: config.Data) -> None:
     Raises:
         InvalidSettingError: it does not.
     """
-    if seed.is_image_model == (data.source == "questions"):
-        kind = "a CLIP model, for images" if seed.is_image_model else "a decoder, for questions"
+    if seed.is_image_model == data.is_text:
+        kind = "a CLIP model, for images" if seed.is_image_model else "a decoder, for questions and text"
         raise InvalidSettingError(f"seed-model = {seed.reference!r} is {kind}; it does not go with data.source = {data.source}")
 
 

@@ -1,12 +1,14 @@
 """Questions as tokens: a prompt, and its choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 
 from metamoe.common import config
+from metamoe.common.errors import DataFormatError
 from metamoe.common.model.inputs import Tokens, prompt_tokens
 
 if TYPE_CHECKING:
@@ -27,15 +29,31 @@ class Question:
 
 def tokenised(tokenizer: Any, data: config.Data, dataset: "Dataset") -> list[Question]:
     """A data set's questions; of a prompt that is too long the end is kept, of an answer the beginning."""
-    return [
-        Question(
-            tokenizer(row["prompt"])["input_ids"][-data.prompt_tokens :],
-            # A choice goes on after the prompt: by a space, and without what marks the beginning of a text.
-            [tokenizer(" " + choice, add_special_tokens=False)["input_ids"][: data.answer_tokens] for choice in row["choices"]],
-            row["answer"],
-        )
-        for row in dataset
-    ]
+    questions = []
+    for row in dataset:
+        turns = row.get("turns")
+        chat = bool(turns and getattr(tokenizer, "chat_template", None))
+        prompt = chat_ids(tokenizer, turns) if chat else tokenizer(row["prompt"])["input_ids"]
+        # A choice goes on after the prompt: by a space, where no template has put anything, and without what marks the
+        # beginning of a text.
+        choices = [choice if chat else f" {choice}" for choice in row["choices"]]
+        ids = [tokenizer(choice, add_special_tokens=False)["input_ids"][: data.answer_tokens] for choice in choices]
+        questions.append(Question(prompt[-data.prompt_tokens :], ids, row["answer"]))
+    return questions
+
+
+def chat_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """What was said as the tokenizer's chat template has it, up to where the answer begins.
+
+    Raises:
+        DataFormatError: the template has no place for it, such as two turns of a user in a row.
+    """
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataFormatError(f"the seed's chat template refuses a conversation of the roles {roles}: {error}") from error
+    return ids
 
 
 def prompt_batches(questions: Sequence[Question]) -> Iterator[Tokens]:

@@ -47,6 +47,10 @@ class _Format(BaseModel):
     format: int
 
 
+_LATER = ("background", "text", "block_words")
+"""Fields that came later than models that are in use."""
+
+
 class Manifest(BaseModel):
     """Contents of manifest.json."""
 
@@ -63,6 +67,9 @@ class Manifest(BaseModel):
     prompt_tokens: int
     answer_tokens: int
     classes: list[str]
+    background: config.Colour = "white"
+    text: bool = False
+    block_words: int = 64
     files: dict[str, str]
 
     @property
@@ -73,7 +80,9 @@ class Manifest(BaseModel):
     @property
     def model_hash(self) -> str:
         """One hash for the whole model: SHA-256 over the manifest, but for where its seed was found."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"seed_model"}), sort_keys=True)
+        # A model that takes what was once the only way has the hash that it had then.
+        left_out = {"seed_model"} | {name for name in _LATER if getattr(self, name) == Manifest.model_fields[name].default}
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -113,6 +122,9 @@ def save_model(
             router=settings.router,
             prompt=settings.data.prompt,
             list_choices=settings.data.list_choices,
+            background=settings.data.background,
+            text=settings.data.source == "text",
+            block_words=settings.data.block_words,
             prompt_tokens=settings.data.prompt_tokens,
             answer_tokens=settings.data.answer_tokens,
             classes=classes,

@@ -31,7 +31,7 @@ from metamoe.simulations.benchmark.fedavg import federated_average
 from metamoe.simulations.benchmark.methods import Method
 from metamoe.simulations.evaluate import (
     PUBLIC,
-    accuracy_and_routing,
+    answers_and_routing,
     dense,
     domains_of,
     ensemble,
@@ -207,7 +207,8 @@ def outcome_of(settings: Settings, model: Model) -> Outcome:
     for test in sets[:-1]:
         started = time.process_time()
         if model.unified is not None:
-            percent, routing[test.name] = accuracy_and_routing(model.unified.model, test.samples)
+            found, routing[test.name] = answers_and_routing(model.unified.model, test.samples)
+            percent = 100.0 * int(found.chosen.eq(test.samples.answers).sum()) / len(found.chosen)
         else:
             percent = accuracy(model.scores[test.domain], test.samples)
         domains[test.name] = round(percent, 3)

@@ -1,22 +1,26 @@
 """Questions from files in the forms in which they are published, and what is wrong with others."""
 
-import contextlib
 import gzip
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from metamoe.common.config import Data, Settings
+from metamoe.common.config import Data, ListChoices, Settings
 from metamoe.common.data.datasets import evaluation_sets, fingerprint, held_out_public, load_private, load_public
-from metamoe.common.data.questions import load_questions, question_row, read_questions, with_distractors
+from metamoe.common.data.layouts import INSTRUCTIONS, QUESTIONS, layout_of
+from metamoe.common.data.questions import load_questions, read_questions, with_distractors
+from metamoe.common.data.rows import question_of
 from metamoe.common.data.text import tokenised
 from metamoe.common.errors import DataFormatError, InputFileError, InvalidSettingError
 from metamoe.common.presets import changed, load_settings
 
+QUESTIONS_DATA = Data(source="questions", folder="unused")
 OURS = {"context": "", "question": "What is wet?", "choices": ["fire", "water"], "answer": 1}
+
+
+def question_row(row: dict, place: str, list_choices: ListChoices) -> dict | None:
+    return question_of(row, layout_of(row, place, (*QUESTIONS, *INSTRUCTIONS)), place, list_choices)
 
 
 @pytest.mark.parametrize(
@@ -58,49 +62,25 @@ def test_a_question_without_a_label_is_left_out(row: dict) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "?"}, r"here has the columns \['text'\]; known forms are: context, question, choices"),
-        (OURS | {"answer": 2}, r"here: the answer 2 is none of \[0, 1\]"),
-        (OURS | {"answer": True}, "the answer True is none of"),
+        (
+            {"text": "?"},
+            r"here has the columns \['text'\]; known are the layouts of CosmosQA, .*The row: \{'text': '\?'\}",
+        ),
+        (OURS | {"answer": 2}, r"here: the answer 2 in 'answer' is none of \[0, 1\]"),
+        (OURS | {"answer": True}, "the answer True in 'answer' is none of"),
         (OURS | {"choices": ["a", 3]}, "is not a list of texts"),
         (OURS | {"choices": ["a", " "]}, "is not a list of texts"),
         (OURS | {"question": None}, "question = None is not text"),
-        ({"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "C"}, r"the answer 'C' is none of \['A'\]"),
+        (
+            {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "C"},
+            r"'C' in 'answerKey' is none of \['A'\]",
+        ),
         ({"instruction": "x", "output": 3}, "output = 3 is not text"),
     ],
 )
 def test_what_is_no_question_is_named(row: dict, message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
         question_row(row, "here", "always")
-
-
-values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 5) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-names = st.sampled_from(
-    ["context", "question", "choices", "answer", "answerKey", "label", "answer0", "answerA", "instruction", "input", "output"]
-)
-
-
-@given(st.dictionaries(names, values, max_size=8))
-def test_any_row_is_a_question_or_refused(row: dict) -> None:
-    try:
-        question = question_row(row, "here", "always")
-    except DataFormatError:
-        return
-    if question is not None:
-        assert 0 <= question["answer"] < len(question["choices"])
-        assert all(choice.strip() for choice in question["choices"]) or "output" in row
-        assert question["prompt"].endswith("Answer:")
-
-
-@given(st.binary(max_size=60))
-def test_any_bytes_are_questions_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    file = tmp_path_factory.mktemp("lines") / "train.jsonl"
-    file.write_bytes(content)
-    with contextlib.suppress(DataFormatError, InputFileError):
-        assert len(read_questions(file, "always")) >= 0
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> None:
@@ -133,7 +113,7 @@ def test_parts_that_are_there_are_taken(tmp_path: Path) -> None:
 
 def test_missing_files_and_bad_lines_are_named(tmp_path: Path) -> None:
     data = Data(source="questions", folder=str(tmp_path), domains=("pets",))
-    with pytest.raises(InputFileError, match=r"pets has 0 files of JSON lines; expected are train.jsonl"):
+    with pytest.raises(InputFileError, match=r"pets has 0 files of JSON lines, .* expected are train.jsonl"):
         load_questions(data, "pets", "train", "")
     (tmp_path / "pets").mkdir()
     (tmp_path / "pets" / "x.jsonl").write_text(json.dumps(OURS) + "\n{broken\n")
@@ -143,7 +123,7 @@ def test_missing_files_and_bad_lines_are_named(tmp_path: Path) -> None:
 
 def test_held_out_instructions_have_the_outputs_of_three_others_beside_their_own(tmp_path: Path) -> None:
     write(tmp_path, "told.jsonl", [{"instruction": f"Say {i}", "input": "", "output": f"{i}"} for i in range(9)])
-    questions = with_distractors(read_questions(tmp_path / "told.jsonl", "always"))
+    questions = with_distractors(read_questions(tmp_path / "told.jsonl", QUESTIONS_DATA))
     for row, question in enumerate(questions):
         assert len(set(question["choices"])) == 4
         assert question["choices"][question["answer"]] == f"{row}"

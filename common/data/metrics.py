@@ -1,0 +1,111 @@
+"""How good scores are, by what a field asks for beside accuracy."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metamoe.common.data.tasks import Samples
+from metamoe.common.model.batch import Scores
+
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model said to N samples.
+
+    Attributes:
+        chosen: int64 [N], the best class or choice.
+        confidence: float32 [N], its probability, the softmax of the scores.
+        likelihood: float32 [N], the score of the right one; of text the mean log-likelihood of its tokens.
+    """
+
+    chosen: Tensor
+    confidence: Tensor
+    likelihood: Tensor
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How good a model is on a set.
+
+    Attributes:
+        accuracy: in percent.
+        interval: its 95% interval (Wilson 1927), in percent.
+        count: samples.
+        macro_f1: mean over the classes of F1, in percent; None for text, whose choices are no classes.
+        balanced_accuracy: mean over the classes of the share that was recognised, in percent; None for text.
+        calibration_error: expected calibration error in percent, with 15 bins of equal width (Guo et al. 2017).
+        perplexity: of the right answers, exp of the mean loss of their tokens; None for images.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    count: int
+    macro_f1: float | None
+    balanced_accuracy: float | None
+    calibration_error: float
+    perplexity: float | None
+
+
+@torch.inference_mode()
+def answered(scores: Scores, samples: Samples) -> Answered:
+    """What scores say to every sample."""
+    parts = []
+    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
+        parts.append(said(scores(samples.asked(rows)), samples.answers[rows]))
+    return joined(parts)
+
+
+def said(scores: Tensor, answers: Tensor) -> Answered:
+    """The same of scores [B, C], for the right answers [B]."""
+    found = scores.float().cpu()
+    best = found.softmax(1).max(1)
+    return Answered(found.argmax(1), best.values, found.gather(1, answers[:, None]).squeeze(1))
+
+
+def joined(parts: list[Answered]) -> Answered:
+    return Answered(*(torch.cat([getattr(part, name) for part in parts]) for name in ("chosen", "confidence", "likelihood")))
+
+
+def metrics_of(found: Answered, samples: Samples) -> Metrics:
+    """All metrics of what a model said to samples."""
+    # Libraries that take their time to load.
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    right = found.chosen.eq(samples.answers)
+    count, hits = len(right), int(right.sum())
+    lengths = samples.answer_tokens
+    macro_f1 = balanced = perplexity = None
+    if lengths is None:
+        truth, chosen = samples.answers.numpy(), found.chosen.numpy()
+        macro_f1 = round(100 * float(f1_score(truth, chosen, average="macro", zero_division=0)), 2)
+        with warnings.catch_warnings(action="ignore"):
+            # Of classes that are named and never there.
+            balanced = round(100 * float(balanced_accuracy_score(truth, chosen)), 2)
+    else:
+        loss = -(found.likelihood.double() * lengths).sum() / lengths.sum()
+        perplexity = round(math.exp(min(loss.item(), 700.0)), 4)
+    error = binary_calibration_error(found.confidence, right.long(), n_bins=_BINS)
+    low, high = interval(hits, count)
+    return Metrics(
+        accuracy=round(100.0 * hits / count, 2),
+        interval=(round(low, 2), round(high, 2)),
+        count=count,
+        macro_f1=macro_f1,
+        balanced_accuracy=balanced,
+        calibration_error=round(100 * float(error), 2),
+        perplexity=perplexity,
+    )
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of ``right`` in ``count`` (Wilson 1927), in percent."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, count).proportion_ci(method="wilson")
+    return 100 * float(found.low), 100 * float(found.high)
