@@ -22,7 +22,7 @@ from metamoe.common.audit.entries import (
     head_statement,
     seal_statement,
 )
-from metamoe.common.audit.keys import audit_key, public_hex
+from metamoe.common.audit.keys import audit_key, public_file, public_hex
 from metamoe.common.audit.merkle import merkle_root
 from metamoe.common.errors import LedgerError
 from metamoe.common.files import write_atomically
@@ -51,7 +51,9 @@ class Ledger:
             self._lock = FileLock(folder / ".lock")
             with self._lock:
                 self._key = key or audit_key(folder)
-        self.public = public_hex(self._key)
+                self.public = public_hex(self._key)
+                if key and not public_file(folder).is_file():
+                    write_atomically(public_file(folder), self.public + "\n")
         self._end: tuple[int, int, str] | None = None
 
     def sign(self, statement: bytes) -> str:

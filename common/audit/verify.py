@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
@@ -52,22 +52,24 @@ _WORST_FIRST = (Verdict.TAMPERED, Verdict.DISAGREE, Verdict.VIOLATION, Verdict.O
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: how bad, where, and what."""
+    """One thing that is wrong: how bad, where, what, and in which run if it is of one alone."""
 
     verdict: Verdict
     where: str
     what: str
+    run: str = ""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A ledger that was read: its lines as far as they are lines, and what is wrong with them."""
+    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from."""
 
     name: str
     key: str
     lines: list[tuple[Line, bytes]] = field(default_factory=list)
     policies: dict[str, Policy] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def entries(self) -> list[Entry]:
@@ -77,6 +79,12 @@ class Checked:
     def runs(self) -> list[str]:
         """The runs it has lines of, in their order."""
         return list(dict.fromkeys(entry.run for entry in self.entries))
+
+    def in_runs(self, runs: Sequence[str]) -> "Checked":
+        """Only what is of these runs, and what is of none alone."""
+        lines = [(line, raw) for line, raw in self.lines if line.entry.run in runs]
+        findings = [finding for finding in self.findings if finding.run in ("", *runs)]
+        return replace(self, lines=lines, findings=findings)
 
     def of(self, kind: type[_Kind], run: str | None = None) -> list[_Kind]:
         """The entries of one type, of one run or of all."""
@@ -89,18 +97,19 @@ def worst(findings: Iterable[Finding]) -> Verdict:
     return next((verdict for verdict in _WORST_FIRST if verdict in found), Verdict.FINE)
 
 
-def check_ledger(folder: Path, key: str | None = None, server: str | None = None) -> Checked:
+def check_ledger(folder: Path, key: str | None = None, server: str | None = None, name: str = "") -> Checked:
     """Read a ledger and check every hash, signature, Merkle root and receipt in it, and each message against its policy.
 
     Args:
         folder: with ``ledger.jsonl``, ``head.json`` and the policies that it names.
         key: public key of its keeper, hexadecimal, as you had it from them; None for ``audit.pub`` in the folder.
-        server: public key of the server's ledger; None for the one that the ledger names.
+        server: public key of the server's ledger; None for the one that a run's policy or, without one, the ledger names.
+        name: by which findings speak of it; empty for the folder's.
 
     Raises:
         InputFileError: there is no ledger, or no key.
     """
-    name = folder.name if folder.name != "audit" else folder.parent.name
+    name = name or (folder.name if folder.name != "audit" else folder.parent.name)
     checked = Checked(name, key or read_public(public_file(folder)))
     try:
         content = (folder / LEDGER).read_bytes()
@@ -113,7 +122,7 @@ def check_ledger(folder: Path, key: str | None = None, server: str | None = None
     checked.findings.extend(_check_head(checked, folder / HEAD))
     checked.findings.extend(_read_policies(checked, folder))
     for run in checked.runs:
-        checked.findings.extend(_check_run(checked, run, server))
+        checked.findings.extend(replace(finding, run=run) for finding in _check_run(checked, run, server))
     checked.findings.extend(_check_budget(checked))
     return checked
 
@@ -183,10 +192,13 @@ def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Findi
         yield Finding(Verdict.TAMPERED, where, "was opened under another key than the ledger's")
     if server and first.server != server:
         yield Finding(Verdict.TAMPERED, where, "was opened for another server")
+    policy = checked.policies.get(first.policy or "")
+    if policy and policy.server not in (None, first.server):
+        yield Finding(Verdict.VIOLATION, where, "was opened for a server that the policy does not allow")
     yield from _check_seals(checked, run, where, of_run)
     yield from _check_receipts(checked, run, where, server or first.server)
-    if first.policy in checked.policies:
-        yield from _check_policy(checked.policies[first.policy], where, checked.of(Intent, run))
+    if policy:
+        yield from _check_policy(policy, where, checked.of(Intent, run))
 
 
 def _check_seals(checked: Checked, run: str, where: str, of_run: Sequence[tuple[Entry, bytes]]) -> Iterator[Finding]:

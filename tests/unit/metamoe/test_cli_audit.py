@@ -66,6 +66,63 @@ def test_each_kind_of_harm_has_its_exit_code(run: Path, run_metamoe) -> None:
     assert run_metamoe("audit", "verify") == 2
 
 
+@pytest.fixture
+def federation(finished: Path, tmp_path: Path) -> Path:
+    """The same ledgers as they lie after a deployed run, whose server has its key beside all runs."""
+    folder = tmp_path / "federation"
+    for client in ("client-0", "client-1", "client-2"):
+        shutil.copytree(finished / "clients/audit" / client, folder / "clients" / client / "state/audit" / client)
+    shutil.copytree(finished / "server/audit", folder / "runs/first/server/audit")
+    (folder / "server").mkdir()
+    for name in ("audit.key", "audit.pub"):
+        shutil.move(folder / "runs/first/server/audit" / name, folder / "server" / name)
+    (folder / "federation.toml").write_text('host = "localhost"\nport = 8000\nclients = 3\n')
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "runs/first", "clients/client-1", "clients/client-1/state", "bundle.zip"])
+def test_every_place_of_a_federation_is_one_for_every_command(
+    federation: Path, run_metamoe, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_metamoe("audit", "export", str(federation / "clients/client-1"), str(federation / "bundle.zip")) == 0
+    whole, known = place in ("", "runs/first"), str(federation / "server" / "audit.pub")
+    capsys.readouterr()
+    assert run_metamoe("audit", "verify", str(federation / place), "--json") == 0
+    said = json.loads(capsys.readouterr().out)["ledgers"]
+    alone = "bundle" if place == "bundle.zip" else "client-1"
+    names = ["client-0", "client-1", "client-2", "server of first"] if whole else [alone]
+    assert [ledger["name"] for ledger in said] == names
+    if place == "bundle.zip":
+        assert said[0]["keys"][0] == f"its key: audit.pub in {federation / place}"
+    else:
+        assert all(known in ledger["keys"][-1] for ledger in said)
+    other = [] if whole else ["--server", str(federation / "runs/first")]
+    assert run_metamoe("audit", "reconcile", str(federation / place), *other) == 0
+    assert run_metamoe("audit", "explain", str(federation / place)) == 0
+    assert run_metamoe("audit", "budget", str(federation / place)) == 0
+    assert run_metamoe("audit", "report", str(federation / place), "--out", str(federation / "pages")) == 0
+    assert len(list((federation / "pages").iterdir())) == (4 if whole else 2)
+
+
+def test_a_deployed_runs_own_place_is_about_that_run(federation: Path, small: Settings, run_metamoe) -> None:
+    """Another run of the same client, left open, concerns the federation and the client, and not the first run."""
+    seed, envelope = load_seed(small.seed_model), Envelope(run="ab" * 16, message="cd" * 16)
+    request = encode_request(Request(small, seed.fingerprint, public_fingerprint(small.data), {}, envelope))
+    site = Site(0, federation / "clients/client-0/state")
+    audited("profile", request, site, partial(respond, "profile", site=site))
+    assert run_metamoe("audit", "verify", str(federation / "runs/first")) == 0
+    assert run_metamoe("audit", "report", str(federation / "runs/first")) == 0
+    assert run_metamoe("audit", "verify", str(federation / "clients/client-0")) == 3
+
+
+def test_a_federations_key_is_the_one_that_counts(federation: Path, run_metamoe) -> None:
+    """Another one beside the ledger does not save a ledger that was signed with it."""
+    key = federation / "clients/client-0/state/audit/client-0/audit.pub"
+    shutil.copy(key, federation / "server" / "audit.pub")
+    shutil.copy(key, federation / "runs/first/server/audit/audit.pub")
+    assert run_metamoe("audit", "verify", str(federation / "runs/first")) == 3
+
+
 HARM: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
     "a changed byte": (lambda lines: [*lines[:2], lines[2].replace(b'"time":"2', b'"time":"3', 1), *lines[3:]], 3),
     "a removed line": (lambda lines: lines[:3] + lines[4:], 3),
