@@ -2,6 +2,7 @@
 bundle that was handed over.
 """
 
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from metamoe.common.audit.keys import public_file
 from metamoe.common.audit.ledger import HEAD, LEDGER
 from metamoe.common.errors import InputFileError
 
+_BESIDE = r"policy-[0-9a-f]{64}\.toml|settings-[0-9a-f]{64}\.json"
 _LARGEST = 64_000_000
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _FEDERATION = "federation.toml"
@@ -82,13 +84,15 @@ def ledgers_at(place: Path) -> Iterator[Ledgers]:
 
 
 def write_bundle(found: Found, bundle: Path) -> None:
-    """Put the public part of a ledger into a zip file: lines, head, policies and public key, and not the key that signs.
+    """Put the public part of a ledger into a zip file: lines, head, policies, runs' settings and public key, and not the
+    key that signs.
 
     Raises:
         InputFileError: there is no ledger, or the bundle exists or cannot be written.
     """
     folder = found.folder
-    named = {file.name: file for file in (folder / LEDGER, folder / HEAD, *sorted(folder.glob("policy-*.toml")))}
+    beside = sorted([*folder.glob("policy-*.toml"), *folder.glob("settings-*.json")])
+    named = {file.name: file for file in (folder / LEDGER, folder / HEAD, *beside)}
     named[public_file(folder).name] = found.key
     try:
         with zipfile.ZipFile(bundle, "x", zipfile.ZIP_DEFLATED) as archive:
@@ -160,8 +164,7 @@ def _unpack(bundle: Path, folder: Path) -> None:
             entries = archive.infolist()
             wanted = {LEDGER, HEAD, public_file(folder).name}
             for entry in entries:
-                known = entry.filename in wanted or (entry.filename.startswith("policy-") and "/" not in entry.filename)
-                if not known or entry.file_size > _LARGEST:
+                if not (entry.filename in wanted or re.fullmatch(_BESIDE, entry.filename)) or entry.file_size > _LARGEST:
                     raise InputFileError(f"{bundle} is not a ledger's bundle: it holds {entry.filename!r}")
             folder.mkdir()
             for entry in entries:

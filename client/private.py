@@ -1,5 +1,7 @@
 """Where a client's private samples come from: the built-in domains, or its own folder."""
 
+import hashlib
+
 from datasets import Dataset
 
 from metamoe.client.folder import read_folder, read_question_folder
@@ -33,3 +35,17 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
     if unknown := sorted(set(class_names(data)) - set(known_classes(settings.data))):
         raise PrivateDataError(f"class {unknown[0]!r} of {site.data} is neither in data.classes nor public; agree on it first")
     return data
+
+
+def private_hash(site: Site) -> str:
+    """SHA-256 over the client's own training files, by path and content: whether its data is what it was. It never leaves. Of
+    built-in data, which the settings decide, it is the same always.
+    """
+    digest = hashlib.sha256()
+    if site.data is not None:
+        parts = [site.data / name for name in ("train", "train.jsonl", "train.jsonl.gz")]
+        for file in sorted(file for part in parts for file in (part, *part.rglob("*")) if file.is_file()):
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(site.data).as_posix()} {content}\n".encode())
+    return digest.hexdigest()

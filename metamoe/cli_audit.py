@@ -1,29 +1,29 @@
 """The commands ``metamoe audit``: for those who answer for the data."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
 from metamoe.audit.verification import checked_at
 from metamoe.audit.verification import verify as verified
+from metamoe.cli_attacks import attack, canary
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
 from metamoe.common.audit.reconcile import reconcile_all, unclaimed
+from metamoe.common.audit.terms import Terms, pinned
+from metamoe.common.audit.touching import touching
 from metamoe.common.audit.verify import Checked, Finding, Verdict, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from metamoe.common.errors import InputFileError
-from metamoe.common.files import write_atomically, write_json
+from metamoe.common.files import write_atomically
 from metamoe.common.presets import load_settings
-from metamoe.options import Set, console, json_option, log, notes, put_json
+from metamoe.options import Set, console, json_option, log, put_json
 from metamoe.show import show_table
 
 audit = typer.Typer(
@@ -34,10 +34,6 @@ audit = typer.Typer(
 )
 
 _PLACE = "Folder of a run, a federation, a client or a ledger, or a bundle from 'metamoe audit export'."
-_SMALL = (
-    *("data.private-samples=100", "data.public-samples=600", "proxies.count=30", "proxies.pool=200"),
-    *("expert-training.epochs=1", "router-training.epochs=1"),
-)
 _CHECKED = "verdict, ledgers (name, lines, runs, bytes_sent, bytes_received, key, keys), findings (verdict, where, what)"
 Place = Annotated[Path, typer.Argument(help=_PLACE)]
 
@@ -52,6 +48,12 @@ def policy(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the policy to a new file, to be edited and kept.")
     ] = None,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            "--pin", help="Let a server use the seed, public set and settings of --preset alone, from the first run on."
+        ),
+    ] = False,
     as_json: Annotated[
         bool,
         json_option("policy, rules (in words), sends (when, artifact, arrays, bytes, allowed)"),
@@ -66,6 +68,10 @@ def policy(
     from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
 
     seed = load_seed(settings.seed_model)
+    if pin:
+        from metamoe.common.data.datasets import public_fingerprint
+
+        chosen = pinned(chosen, Terms(touching(settings), seed.fingerprint, public_fingerprint(settings.data)))
     sends: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     styles: dict[int, str] = {}
@@ -228,82 +234,8 @@ def report(
     raise typer.Exit(int(verdict))
 
 
-@audit.command()
-def canary(
-    preset: Annotated[str, typer.Option(help="Preset or TOML file of the run.")] = "glyphs",
-    set_: Set = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Empty folder to keep the run in. (default: a temporary one, removed at the end)")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="The preset's own sizes, in place of a small run of a minute.")] = False,
-) -> None:
-    """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
-    disguise. What leaves has the same form in a small run as in a large one.
-    """
-    settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
-    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputFileError(f"--out {out} is not an empty folder; give another one")
-    from metamoe.audit.canary import run_canary
-
-    with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(TemporaryDirectory()))
-        with notes.status("running, and searching what left"):
-            found = run_canary(settings, folder.absolute())
-    replies = [place for place in found.places if place.startswith("client ")]
-    console.print(
-        f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
-        f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for hit in found.found:
-        console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
-    for control in found.blind:
-        console.print(f"the search did not find its own control: {control}", style="red", soft_wrap=True)
-    verdict = Verdict.VIOLATION if found.found else Verdict.INCOMPLETE if found.blind else Verdict.FINE
-    console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
-    raise typer.Exit(int(verdict))
-
-
-@audit.command()
-def attack(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished simulation on built-in data.")],
-    shadows: Annotated[
-        int, typer.Option(min=0, help="Shadow experts of each client for the likelihood ratio attack; 0 leaves it out.")
-    ] = 8,
-    client: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Attack this client; repeatable. (default: every client)")
-    ] = None,
-    as_json: Annotated[bool, json_option("what attack.json holds")] = False,
-) -> None:
-    """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
-    """
-    from metamoe.audit.attacks import as_json as results_json
-    from metamoe.audit.attacks import attack as attacked
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(TextColumn("experts, own and shadow"), *columns, console=notes) as progress:
-        task = progress.add_task("", total=None)
-        results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
-    settings = load_settings(str(run / "settings.toml"))
-    written = results_json(settings, results)
-    write_json(run / "attack.json", written)
-    if as_json:
-        put_json(written)
-        return
-    privacy = settings.privacy
-    title = (
-        f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
-    )
-    header = ("client", "mean, error", "mean by guesses of N", "class mix, r", "top class")
-    rows = []
-    for name, result in results.items():
-        means = (result.mean_error, result.guessed_error, result.class_mix)
-        membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
-        shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
-        rows.append([name, *shown[0], "right" if result.top_class else "wrong", *shown[1]])
-    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false"], rows, title=title)
+audit.command()(canary)
+audit.command()(attack)
 
 
 class Described(StrEnum):

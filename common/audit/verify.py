@@ -30,7 +30,8 @@ from metamoe.common.audit.entries import (
 from metamoe.common.audit.keys import public_file, read_public, signed_by
 from metamoe.common.audit.ledger import HEAD, LEDGER
 from metamoe.common.audit.merkle import merkle_root
-from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy, policy_hash
+from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy
+from metamoe.common.audit.terms import first_terms, problems, settings_file, statistics, terms_of
 from metamoe.common.errors import InputFileError, PolicyError, first_problem
 
 _Kind = TypeVar("_Kind", bound=Entry)
@@ -123,6 +124,8 @@ def check_ledger(folder: Path, key: str | None = None, server: str | None = None
     checked.findings.extend(_read_policies(checked, folder))
     for run in checked.runs:
         checked.findings.extend(replace(finding, run=run) for finding in _check_run(checked, run, server))
+    checked.findings.extend(_check_terms(checked, folder))
+    checked.findings.extend(_check_statistics(checked))
     checked.findings.extend(_check_budget(checked))
     return checked
 
@@ -176,7 +179,8 @@ def _read_policies(checked: Checked, folder: Path) -> Iterator[Finding]:
         except InputFileError as error:
             yield Finding(Verdict.INCOMPLETE, checked.name, f"the policy it names cannot be read: {error}")
             continue
-        if policy_hash(policy) != digest:
+        # Of the file as it is: what a policy says without saying it changes with the product.
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
         checked.policies[digest] = policy
 
@@ -271,6 +275,53 @@ def _check_policy(policy: Policy, where: str, intents: Sequence[Intent]) -> Iter
             yield Finding(Verdict.VIOLATION, where, f"sent {kind!r} {count} times; the policy allows {rule.releases_per_run}")
     if total > policy.limits.max_bytes_per_run:
         yield Finding(Verdict.VIOLATION, where, f"sent {total:,} bytes; the policy allows {policy.limits.max_bytes_per_run:,}")
+
+
+def _check_terms(checked: Checked, folder: Path) -> Iterator[Finding]:
+    """What each run asked, against what its policy lets a server choose; of policies that say so."""
+    answered = {intent.run for intent in checked.of(Intent)}
+    opened = [entry for entry in checked.of(Open) if entry.run in answered and entry.role == "client"]
+    try:
+        first = first_terms(folder, checked.entries)
+    except PolicyError as error:
+        yield Finding(Verdict.TAMPERED, checked.name, str(error))
+        return
+    for entry in opened:
+        policy, where = checked.policies.get(entry.policy or ""), f"{checked.name}, run {entry.run[:8]}"
+        if policy is None or "settings" not in policy.model_fields_set:
+            continue
+        try:
+            terms = terms_of(folder, entry)
+        except PolicyError as error:
+            yield Finding(Verdict.TAMPERED, where, str(error), entry.run)
+            continue
+        if terms is None:
+            what = f"was answered, but {settings_file(folder, entry.settings).name} is not here"
+            yield Finding(Verdict.INCOMPLETE, where, what, entry.run)
+            continue
+        for problem in problems(policy, terms, first):
+            yield Finding(Verdict.VIOLATION, where, f"was answered, but {problem}", entry.run)
+
+
+def _check_statistics(checked: Checked) -> Iterator[Finding]:
+    """How many different statistics had left after each message, against the policy it left under; of policies that say so."""
+    policies = {entry.run: checked.policies.get(entry.policy or "") for entry in checked.of(Open)}
+    seen: dict[bool, dict[ArtifactKind, set[object]]] = {True: {}, False: {}}
+    for intent in checked.of(Intent):
+        policy = policies.get(intent.run)
+        for noise_counts, before in seen.items():
+            for kind, identities in statistics([intent], noise_counts=noise_counts).items():
+                known = before.setdefault(kind, set())
+                if policy and noise_counts is (policy.budget is None) and _is_one_too_many(policy, known, identities):
+                    what = f"sent another {kind!r} after {len(known)} different ones, all that the policy allows"
+                    yield Finding(Verdict.VIOLATION, f"{checked.name}, run {intent.run[:8]}", what, intent.run)
+                known |= identities
+
+
+def _is_one_too_many(policy: Policy, known: set[object], identities: set[object]) -> bool:
+    most = policy.limits.max_distinct_statistics
+    stated = "max_distinct_statistics" in policy.limits.model_fields_set
+    return stated and 0 < most <= len(known) and not identities & known
 
 
 def _check_budget(checked: Checked) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import shutil
 import tomllib
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from metamoe.client.egress import audited
 from metamoe.client.site import Site
 from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.ledger import HEAD, LEDGER
+from metamoe.common.audit.policy import load_policy
+from metamoe.common.audit.terms import Terms, check_terms
+from metamoe.common.audit.touching import touching
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.audit.words import privacy_of
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
-from metamoe.common.errors import InputFileError
+from metamoe.common.errors import InputFileError, PolicyError
 from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.presets import changed
+from metamoe.common.presets import changed, to_toml
 from metamoe.common.wire import Envelope, Request, encode_request
 
 
@@ -254,6 +258,22 @@ def test_the_policy_is_printed_and_written_once(run_metamoe, tmp_path: Path, cap
     assert "Nothing else leaves" in said
     assert run_metamoe("audit", "policy", str(file)) == 0
     assert run_metamoe("audit", "policy", str(file), "--write", str(file)) == InputFileError.exit_code
+
+
+def test_a_policy_can_be_pinned_before_the_first_run(small: Settings, run_metamoe, tmp_path: Path) -> None:
+    """A seed model made to single samples out has no first run in which to do so."""
+    preset, file = tmp_path / "agreed.toml", tmp_path / "policy.toml"
+    preset.write_text(to_toml(small))
+    assert run_metamoe("audit", "policy", "--preset", str(preset), "--pin", "--write", str(file)) == 0
+    policy = load_policy(file)
+    assert policy.seed_models == [load_seed(small.seed_model).fingerprint]
+    asked = Terms(touching(small), policy.seed_models[0], policy.public_sets[0])
+    check_terms(policy, asked, None)
+    for change, rule in (("seed=1", "rule settings"), ("data.prompt=a {}", "rule settings")):
+        with pytest.raises(PolicyError, match=rule):
+            check_terms(policy, replace(asked, settings=touching(changed(small, [change]))), None)
+    with pytest.raises(PolicyError, match="seed-models"):
+        check_terms(policy, replace(asked, seed_model="0" * 64), None)
 
 
 def test_the_schemas_describe_every_line_head_and_policy(
