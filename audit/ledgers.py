@@ -104,10 +104,8 @@ def write_bundle(found: Found, bundle: Path) -> None:
 
 
 def _find(folder: Path) -> Ledgers:
-    if (folder / LEDGER).is_file():
-        if _is_server(folder):
-            return Ledgers([], [_server_found(folder)])
-        return Ledgers([_client_found(folder)], [])
+    if any((folder / name).is_file() for name in (LEDGER, HEAD)):
+        return Ledgers([], [_server_found(folder)]) if _is_server(folder) else Ledgers([_client_found(folder)], [])
     if (folder / _FEDERATION).is_file():
         return Ledgers(_federation_clients(folder), [_server_found(own) for own in _lying_in(folder, "runs/*/server/audit")])
     servers = [_server_found(own) for own in _lying_in(folder, "server/audit")]
@@ -153,8 +151,9 @@ def _server_found(folder: Path) -> Found:
 
 def _is_server(folder: Path) -> bool:
     """Whether the first line says that a server keeps this ledger."""
-    with (folder / LEDGER).open("rb") as file:
-        return b'"role":"server"' in file.readline()
+    # A head without lines is a client's until they are found.
+    file = folder / LEDGER
+    return file.is_file() and b'"role":"server"' in file.read_bytes().partition(b"\n")[0]
 
 
 def _unpack(bundle: Path, folder: Path) -> None:

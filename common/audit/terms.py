@@ -58,7 +58,10 @@ def terms_of(folder: Path, opened: Open) -> Terms | None:
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != opened.settings:
         raise PolicyError(f"{file.name} is not the settings that the ledger names")
-    return Terms(touching(json.loads(content)), opened.seed_model, opened.public_set)
+    try:
+        return Terms(touching(json.loads(content)), opened.seed_model, opened.public_set)
+    except (ValueError, AttributeError) as error:
+        raise PolicyError(f"{file.name} holds no settings: {error}") from error
 
 
 def first_terms(folder: Path, entries: Sequence[Entry]) -> Terms | None:

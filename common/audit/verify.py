@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
+from rfc8785 import CanonicalizationError
 
 from metamoe.common.audit.entries import (
     FIRST,
@@ -139,10 +140,14 @@ def _read_lines(checked: Checked, content: bytes) -> Iterator[Finding]:
         where = f"{checked.name}, line {number + 1}"
         try:
             line = Line.model_validate_json(raw)
+            form = canonical(line)
         except ValidationError as error:
             yield Finding(Verdict.TAMPERED, where, f"is no line of a ledger: {first_problem(error)}")
             return
-        if canonical(line) != raw:
+        except CanonicalizationError as error:
+            yield Finding(Verdict.TAMPERED, where, f"is no line of a ledger: {error}")
+            return
+        if form != raw:
             yield Finding(Verdict.TAMPERED, where, "is not in the canonical form of RFC 8785")
         if line.seq != number:
             yield Finding(Verdict.TAMPERED, where, f"has the number {line.seq}; lines are missing or out of order")
@@ -174,15 +179,14 @@ def _check_head(checked: Checked, file: Path) -> Iterator[Finding]:
 def _read_policies(checked: Checked, folder: Path) -> Iterator[Finding]:
     for digest in {entry.policy for entry in checked.of(Open) if entry.policy}:
         file = folder / f"policy-{digest}.toml"
+        # Of the file as it is: what a policy says without saying it changes with the product.
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
+            continue
         try:
-            policy = load_policy(file)
+            checked.policies[digest] = load_policy(file)
         except InputFileError as error:
             yield Finding(Verdict.INCOMPLETE, checked.name, f"the policy it names cannot be read: {error}")
-            continue
-        # Of the file as it is: what a policy says without saying it changes with the product.
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
-        checked.policies[digest] = policy
 
 
 def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Finding]:
@@ -288,12 +292,12 @@ def _check_terms(checked: Checked, folder: Path) -> Iterator[Finding]:
         return
     for entry in opened:
         policy, where = checked.policies.get(entry.policy or ""), f"{checked.name}, run {entry.run[:8]}"
-        if policy is None or "settings" not in policy.model_fields_set:
-            continue
         try:
             terms = terms_of(folder, entry)
         except PolicyError as error:
             yield Finding(Verdict.TAMPERED, where, str(error), entry.run)
+            continue
+        if policy is None or "settings" not in policy.model_fields_set:
             continue
         if terms is None:
             what = f"was answered, but {settings_file(folder, entry.settings).name} is not here"
