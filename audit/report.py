@@ -5,6 +5,7 @@ from pathlib import Path
 
 from metamoe.audit.ledgers import Ledgers
 from metamoe.audit.page import Html, array_table, document, join, table, tag
+from metamoe.audit.picture import checks, flow, spent, time_line
 from metamoe.audit.verification import checked_at
 from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Resent, Seal
 from metamoe.common.audit.reconcile import reconcile_all, unclaimed
@@ -63,6 +64,8 @@ def federation_page(
         rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     header = ["client", "runs", "messages sent", "bytes sent", "public key", "ledger"]
     parts = [
+        *[flow(client.name, client.of(Intent)) for client in clients],
+        checks(everything, bool(servers)),
         _verdict(everything, "Every ledger holds, and all agree with the server's."),
         tag("h2", "Clients"),
         table(header, rows),
@@ -78,7 +81,13 @@ def federation_page(
 def client_page(client: Checked, findings: Sequence[Finding], compared: bool) -> str:
     """One client: its policy, and each message of each run."""
     agreed = " and agrees with the server's" if compared else "; the server's ledger is not here to compare it with"
-    parts = [_verdict(findings, f"The ledger holds{agreed}.")]
+    parts = [
+        flow(client.name, client.of(Intent)),
+        checks(findings, compared),
+        spent(client),
+        time_line(client),
+        _verdict(findings, f"The ledger holds{agreed}."),
+    ]
     facts = {"public key": client.key, "lines": str(len(client.lines)), "runs": str(len(client.runs))}
     facts["checked with"] = "; ".join(client.keys)
     parts.append(tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items())))

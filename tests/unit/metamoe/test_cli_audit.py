@@ -239,6 +239,9 @@ def test_the_pages_say_what_left_and_whether_it_holds(run: Path, run_metamoe, tm
     pages = {file.name: file.read_text() for file in (tmp_path / "pages").iterdir()}
     assert set(pages) == {"index.html", "client-0.html", "client-1.html", "client-2.html"}
     assert "Every ledger holds" in pages["index.html"]
+    assert pages["index.html"].count('class="picture"') == 3
+    for words in ("to some degree single samples", "nothing of the data", "✓ holds", "expert: 1 of"):
+        assert (words in pages["client-0.html"]) is (words != "expert: 1 of")
     entries = [json.loads(line)["entry"] for line in (run / "clients/audit/client-0" / LEDGER).read_bytes().splitlines()]
     hashes = [array["sha256"] for entry in entries if entry["type"] == "intent" for array in entry["arrays"]]
     assert len(hashes) > 5
