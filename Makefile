@@ -5,7 +5,7 @@ BIN := .venv/bin
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
 
-.PHONY: demo smollm2 test test-quick faults lint bench containers
+.PHONY: demo smollm2 test test-quick faults lint bench containers verifier
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -28,6 +28,10 @@ bench: .venv/installed  ## what things cost, as ratios, in bench.json
 
 containers:  ## images built, and a reduced run through a server and three clients in containers, in runs/containers; ENGINE=podman
 	docker/containers.sh
+
+verifier:  ## the program that checks an exported ledger without us, in verifier.pyz; needs Python and the package cryptography
+	$(PYTHON) -m zipapp verifier --output verifier.pyz --compress
+	sha256sum verifier.pyz
 
 lint: .venv/installed  ## style, format and types
 	$(BIN)/ruff check .

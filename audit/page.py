@@ -87,6 +87,9 @@ summary { cursor: pointer; }
 .note { color: #4a525b; font-size: .875rem; max-width: 75ch; }
 .sum { margin-left: .75rem; color: #5a626c; font-size: .875rem; font-weight: normal; }
 img { display: block; height: auto; max-width: max(100%, 29rem); }
+.picture { display: block; width: 100%; min-width: 36rem; max-width: 760px; font-size: 15px; }
+.bar { width: 12rem; height: .9rem; vertical-align: -.1rem; }
+.checks div:first-child { grid-column: auto; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: right; vertical-align: top; white-space: nowrap; border-bottom: 1px solid #dfe3e8; }
 thead th { vertical-align: bottom; border-bottom: 2px solid #8a8f98; }

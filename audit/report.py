@@ -5,9 +5,11 @@ from pathlib import Path
 
 from metamoe.audit.ledgers import Ledgers
 from metamoe.audit.page import Html, array_table, document, join, table, tag
+from metamoe.audit.picture import checks, flow, spent, time_line
+from metamoe.audit.verification import checked_at
 from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Resent, Seal
-from metamoe.common.audit.reconcile import reconcile, unclaimed
-from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
+from metamoe.common.audit.reconcile import reconcile_all, unclaimed
+from metamoe.common.audit.verify import Checked, Finding, Verdict, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import write_atomically
@@ -33,21 +35,20 @@ def write_pages(found: Ledgers, folder: Path) -> Verdict:
     """
     if not found.clients:
         raise InputFileError("there is no client's ledger to report on")
-    server = check_ledger(found.server) if found.server else None
-    clients = [check_ledger(ledger) for ledger in found.clients]
-    findings = {client.name: _findings(client, server) for client in clients}
-    of_server = [*server.findings, *unclaimed(clients, server)] if server else []
+    clients, servers = checked_at(found)
+    findings = {client.name: client.findings + reconcile_all([client], servers) for client in clients}
+    of_server = [finding for server in servers for finding in (*server.findings, *unclaimed(clients, server))]
     for client in clients:
-        write_atomically(folder / f"{client.name}.html", client_page(client, server, findings[client.name]))
+        write_atomically(folder / f"{client.name}.html", client_page(client, findings[client.name], bool(servers)))
     everything = [f for of in findings.values() for f in of] + of_server
-    write_atomically(folder / "index.html", federation_page(clients, server, findings, everything))
+    write_atomically(folder / "index.html", federation_page(clients, servers, findings, everything))
     return worst(everything)
 
 
 def federation_page(
-    clients: Sequence[Checked], server: Checked | None, findings: dict[str, list[Finding]], everything: Sequence[Finding]
+    clients: Sequence[Checked], servers: Sequence[Checked], findings: dict[str, list[Finding]], everything: Sequence[Finding]
 ) -> str:
-    """All clients at a glance, and the server's ledger."""
+    """All clients at a glance, and the server's ledgers, of which each run can have one."""
     rows = []
     for client in clients:
         sent = [array for intent in client.of(Intent) for array in intent.arrays]
@@ -63,24 +64,32 @@ def federation_page(
         rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     header = ["client", "runs", "messages sent", "bytes sent", "public key", "ledger"]
     parts = [
+        *[flow(client.name, client.of(Intent)) for client in clients],
+        checks(everything, bool(servers)),
         _verdict(everything, "Every ledger holds, and all agree with the server's."),
         tag("h2", "Clients"),
         table(header, rows),
         tag("h2", "The server's ledger"),
-        tag(
-            "p", f"Arrivals: {len(server.of(Arrival))}. Runs: {len(server.runs)}. Key: {server.key}." if server else "Not here."
-        ),
+        *[tag("p", f"{of.name}: {len(of.of(Arrival))} arrivals, {len(of.runs)} runs; {'; '.join(of.keys)}.") for of in servers],
+        *([] if servers else [tag("p", "Not here.")]),
         tag("h2", "What all clients together sent, and what it means"),
         _explained([intent for client in clients for intent in client.of(Intent)]),
     ]
     return document("What the clients of this federation sent", *parts)
 
 
-def client_page(client: Checked, server: Checked | None, findings: Sequence[Finding]) -> str:
+def client_page(client: Checked, findings: Sequence[Finding], compared: bool) -> str:
     """One client: its policy, and each message of each run."""
-    agreed = " and agrees with the server's" if server else "; the server's ledger is not here to compare it with"
-    parts = [_verdict(findings, f"The ledger holds{agreed}.")]
+    agreed = " and agrees with the server's" if compared else "; the server's ledger is not here to compare it with"
+    parts = [
+        flow(client.name, client.of(Intent)),
+        checks(findings, compared),
+        spent(client),
+        time_line(client),
+        _verdict(findings, f"The ledger holds{agreed}."),
+    ]
     facts = {"public key": client.key, "lines": str(len(client.lines)), "runs": str(len(client.runs))}
+    facts["checked with"] = "; ".join(client.keys)
     parts.append(tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items())))
     for digest, policy in client.policies.items():
         parts += [tag("h2", "Policy"), tag("p", tag("code", digest), class_="note")]
@@ -116,10 +125,6 @@ def _run_facts(client: Checked, run: str) -> Html:
         "Merkle root": seals[-1].root if seals else "not sealed",
     }
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", tag("code", value))) for name, value in facts.items()))
-
-
-def _findings(client: Checked, server: Checked | None) -> list[Finding]:
-    return client.findings + (reconcile(client, server) if server else [])
 
 
 def _verdict(findings: Sequence[Finding], fine: str) -> Html:

@@ -14,9 +14,11 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from metamoe.client.outbox import Answer, Outbox
 from metamoe.client.policy import policy_of
+from metamoe.client.private import private_hash
 from metamoe.client.site import Site, site_of
 from metamoe.common.audit.code import code_hash
 from metamoe.common.audit.entries import (
+    ArrayEntry,
     Entry,
     Intent,
     Open,
@@ -32,6 +34,8 @@ from metamoe.common.audit.entries import (
 from metamoe.common.audit.keys import signed_by
 from metamoe.common.audit.ledger import Ledger
 from metamoe.common.audit.policy import DEFAULT, Policy, check_arrays, check_budget, check_request, policy_hash, policy_text
+from metamoe.common.audit.terms import Terms, check_statistics, check_terms, first_terms, keep_settings
+from metamoe.common.audit.touching import touching
 from metamoe.common.config import Settings
 from metamoe.common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
 from metamoe.common.files import write_atomically
@@ -109,15 +113,23 @@ def _answered(
     ledger: Ledger,
     respond: Callable[[RecordDict], RecordDict],
 ) -> RecordDict:
-    """The reply, computed and released once in a run, however often it is asked for.
+    """The reply, computed and released once in a run, however often it is asked for; what it says of the private samples once
+    in all runs, where these count.
 
     It is on disk before the ledger says that it leaves: whatever ends this process, the same bytes leave later, or none.
     """
     run, message = terms.envelope.run, terms.envelope.message
-    outbox, asked = Outbox(site, run), question_hash(terms, content)
+    # Before a seed model is loaded that the server names.
+    asking = Terms(touching(terms.settings), terms.seed, terms.public)
+    check_terms(policy, asking, first_terms(site.audit, ledger.entries()))
+    said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts)]
+    outbox, asked = Outbox.of_run(site, run), question_hash(said, content)
     spent = planned_spending(kind, terms.settings)
+    ever = _asked_ever(kind, asking, content, site) if _answers_once(kind, policy, spent) else None
     released = {digest_of(e.arrays): e for e in ledger.run(run) if isinstance(e, Intent) and e.stage == kind}
     answer = outbox.kept(kind, asked)
+    if answer is None and ever and (kept := Outbox.of_all_runs(site, ever).kept(kind, ever)):
+        answer = Answer(kept.arrays, _for_the_audit(kind, terms, ledger))
     # Lost from the outbox it may be computed anew, if it comes to the same; noise never would.
     if answer is None and released and not spent and not outbox.holds(kind):
         answer = Answer(decode_reply(respond(content), _artifacts(kind, terms)), _for_the_audit(kind, terms, ledger))
@@ -126,16 +138,35 @@ def _answered(
         check_request(policy, terms.settings, [array.name for array in first.arrays], others)
         ledger.append(Resent(run=run, message=message, stage=kind, first=first.message))
         return encode_reply(answer.arrays, answer.audit)
-    arrays = _checked(kind, terms, policy, ledger, spent, lambda: encode_reply(answer.arrays) if answer else respond(content))
+    ready = array_entries(answer.arrays) if answer else []
+    arrays = _checked(
+        kind, terms, policy, ledger, spent, ready, lambda: encode_reply(answer.arrays) if answer else respond(content)
+    )
     if kind == "profile" and arrays["client"] != site.client:
         raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
     extra = _for_the_audit(kind, terms, ledger)
     outbox.keep(kind, asked, Answer(arrays, extra))
+    if ever:
+        Outbox.of_all_runs(site, ever).keep(kind, ever, Answer(arrays, {}))
+    keep_settings(site.audit, terms.settings)
     ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
     if kind == "deliver":
         # It is part of the model that has just come back.
         outbox.forget("expert")
     return encode_reply(arrays, extra)
+
+
+def _answers_once(kind: Kind, policy: Policy, spent: list[Spent]) -> bool:
+    """Whether the same question has the same answer in all runs. It has not where a budget pays for noise drawn anew; and not
+    after the model has come back, which is there to be measured.
+    """
+    return kind != "deliver" and bool(policy.limits.max_distinct_statistics) and not (spent and policy.budget)
+
+
+def _asked_ever(kind: Kind, asking: Terms, content: RecordDict, site: Site) -> str:
+    """Hash of a question by all that decides its answer, and nothing of which run it is."""
+    said = [kind, dict(asking.settings), asking.seed_model, asking.public_set, private_hash(site)]
+    return question_hash(said, content)
 
 
 def planned_spending(kind: Kind, settings: Settings) -> list[Spent]:
@@ -168,15 +199,25 @@ def kind_of(message_type: str) -> Kind:
 
 
 def _checked(
-    kind: Kind, terms: Request, policy: Policy, ledger: Ledger, spent: list[Spent], compute: Callable[[], RecordDict]
+    kind: Kind,
+    terms: Request,
+    policy: Policy,
+    ledger: Ledger,
+    spent: list[Spent],
+    ready: list[ArrayEntry],
+    compute: Callable[[], RecordDict],
 ) -> dict[str, np.ndarray]:
-    """The arrays of the reply, computed only if they may be asked for, and returned only if they may leave."""
+    """The arrays of the reply, computed only if they may be asked for, and returned only if they may leave; ``ready`` are they
+    where they are kept from before.
+    """
     settings, run = terms.settings, terms.envelope.run
     artifacts = _artifacts(kind, terms)
     names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
     entries = ledger.run(run)
     check_request(policy, settings, names, entries)
-    check_budget(policy, spent, names, ledger.entries() if spent else entries)
+    ever = ledger.entries()
+    check_budget(policy, spent, names, ever)
+    check_statistics(policy, names, spent, ever, ready)
     arrays = decode_reply(compute(), artifacts)
     check_arrays(policy, arrays, [array for entry in entries if isinstance(entry, Intent) for array in entry.arrays])
     return arrays

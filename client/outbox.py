@@ -1,4 +1,4 @@
-"""What a client has answered in a run, kept until the run is over: the same bytes can be sent again, and no others."""
+"""What a client has answered, in a run and in all of them: the same bytes can be sent again, and no others."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,10 +24,20 @@ class Answer:
 
 
 class Outbox:
-    """The replies of one client in one run, a file for each stage."""
+    """Replies of one client, a file for each stage."""
 
-    def __init__(self, site: Site, run: str) -> None:
-        self._folder = site.state / "outbox" / f"client-{site.client}" / run
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def of_run(cls, site: Site, run: str) -> "Outbox":
+        """Those of one run."""
+        return cls(site.state / "outbox" / f"client-{site.client}" / run)
+
+    @classmethod
+    def of_all_runs(cls, site: Site, asked: str) -> "Outbox":
+        """Those to one question, whichever run asks it."""
+        return cls(site.state / "released" / f"client-{site.client}" / asked)
 
     def keep(self, kind: Kind, asked: str, answer: Answer) -> None:
         """Write a reply down; when this returns it is on disk.

@@ -1,5 +1,7 @@
 """Where a client's private samples come from: the built-in domains, or its own folder."""
 
+import hashlib
+
 from datasets import Dataset
 
 from metamoe.client.folder import read_folder, read_question_folder
@@ -39,3 +41,17 @@ def private_samples(settings: Settings, site: Site, split: str) -> Dataset:
 def _to_choose(data: Dataset, settings: Settings, split: str) -> Dataset:
     """What is evaluated has to have something to choose among: with a single answer, any model would be right."""
     return with_distractors(data) if settings.data.is_text and split != "train" else data
+
+
+def private_hash(site: Site) -> str:
+    """SHA-256 over the client's own files, by path and content: whether its data is what it was. It never leaves. Of built-in
+    data, which the settings decide, it is the same always.
+    """
+    digest = hashlib.sha256()
+    if site.data is not None:
+        # All of them: parts have many names, and may be cut out of one file.
+        for file in sorted(file for file in site.data.rglob("*") if file.is_file()):
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(site.data).as_posix()} {content}\n".encode())
+    return digest.hexdigest()

@@ -165,11 +165,10 @@ def addressed(content: RecordDict, envelope: Envelope) -> RecordDict:
     return RecordDict({REQUEST: config, ARRAYS: content.array_records[ARRAYS]})
 
 
-def question_hash(terms: Request, content: RecordDict) -> str:
-    """SHA-256 over what a request asks for: its settings, what both sides must hold alike, its experts and its arrays, but not
-    which message it is, nor how many clients are left. The same question has the same answer.
+def question_hash(said: Sequence[object], content: RecordDict) -> str:
+    """SHA-256 over what is asked for: what is said of it, as JSON, and a request's arrays. The same question has the same
+    answer, whichever message it is.
     """
-    said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts)]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, array in sorted(content.array_records.get(ARRAYS, ArrayRecord()).items()):
         digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode() + array.data)

@@ -1,28 +1,29 @@
 """The commands ``metamoe audit``: for those who answer for the data."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
+from metamoe.audit.verification import checked_at
 from metamoe.audit.verification import verify as verified
+from metamoe.cli_attacks import attack, canary
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
-from metamoe.common.audit.reconcile import reconcile, unclaimed
-from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
+from metamoe.common.audit.reconcile import reconcile_all, unclaimed
+from metamoe.common.audit.terms import Terms, pinned
+from metamoe.common.audit.touching import touching
+from metamoe.common.audit.verify import Checked, Finding, Verdict, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
 from metamoe.common.errors import InputFileError
-from metamoe.common.files import write_atomically, write_json
+from metamoe.common.files import write_atomically
 from metamoe.common.presets import load_settings
-from metamoe.options import Set, console, json_option, log, notes, put_json
+from metamoe.options import Set, console, json_option, log, put_json
 from metamoe.show import show_table
 
 audit = typer.Typer(
@@ -32,12 +33,8 @@ audit = typer.Typer(
     "4 ledgers disagree, 5 incomplete, 6 budget exceeded.",
 )
 
-_PLACE = "A run's folder, a client's state folder, a ledger's own folder, or a bundle from 'metamoe audit export'."
-_SMALL = (
-    *("data.private-samples=100", "data.public-samples=600", "proxies.count=30", "proxies.pool=200"),
-    *("expert-training.epochs=1", "router-training.epochs=1"),
-)
-_CHECKED = "verdict, ledgers (name, lines, runs, bytes_sent, bytes_received, key), findings (verdict, where, what)"
+_PLACE = "Folder of a run, a federation, a client or a ledger, or a bundle from 'metamoe audit export'."
+_CHECKED = "verdict, ledgers (name, lines, runs, bytes_sent, bytes_received, key, keys), findings (verdict, where, what)"
 Place = Annotated[Path, typer.Argument(help=_PLACE)]
 
 
@@ -51,6 +48,12 @@ def policy(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the policy to a new file, to be edited and kept.")
     ] = None,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            "--pin", help="Let a server use the seed, public set and settings of --preset alone, from the first run on."
+        ),
+    ] = False,
     as_json: Annotated[
         bool,
         json_option("policy, rules (in words), sends (when, artifact, arrays, bytes, allowed)"),
@@ -65,6 +68,10 @@ def policy(
     from metamoe.common.wire import AUDIT_ARTIFACTS, MESSAGE_TYPE, Artifact, reply_artifacts
 
     seed = load_seed(settings.seed_model)
+    if pin:
+        from metamoe.common.data.datasets import public_fingerprint
+
+        chosen = pinned(chosen, Terms(touching(settings), seed.fingerprint, public_fingerprint(settings.data)))
     sends: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     styles: dict[int, str] = {}
@@ -110,7 +117,7 @@ def verify(
     """
     found = [verified(place, key, server_key) for place in places]
     if key is None:
-        log.info("the public keys are those found beside the ledgers; give --key for one that you had from its owner")
+        log.info("to verify is to have the key from its owner: give --key FILE for one ledger")
     _show(
         [ledger for each in found for ledger in each.ledgers], [finding for each in found for finding in each.findings], as_json
     )
@@ -118,7 +125,9 @@ def verify(
 
 @audit.command("reconcile")
 def reconcile_(
-    place: Annotated[Path, typer.Argument(help="A run's folder with both sides' ledgers; or one client's, with --server.")],
+    place: Annotated[
+        Path, typer.Argument(help="Folder of a run or a federation with both sides' ledgers; or one client's, with --server.")
+    ],
     server: Annotated[Path | None, typer.Option(help="The server's ledger: its folder, a bundle, or the run's folder.")] = None,
     as_json: Annotated[bool, json_option(_CHECKED)] = False,
 ) -> None:
@@ -126,26 +135,23 @@ def reconcile_(
     folder with both sides' ledgers every client's has to be there.
     """
     with ledgers_at(place) as found, ledgers_at(server or place) as other:
-        if other.server is None:
+        if not other.servers:
             raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
         if not found.clients:
-            raise InputFileError(f"{place} holds no client's ledger")
-        clients = [check_ledger(folder) for folder in found.clients]
-        arrived = check_ledger(other.server)
-    findings = [finding for ledger in (*clients, arrived) for finding in ledger.findings]
-    findings += [finding for client in clients for finding in reconcile(client, arrived)]
+            raise InputFileError(f"{place} holds no client's ledger; give the folder of one, and this one with --server")
+        clients = checked_at(found)[0]
+        arrived = checked_at(other)[1]
+    findings = [finding for ledger in (*clients, *arrived) for finding in ledger.findings]
+    findings += reconcile_all(clients, arrived)
     if server is None:
-        findings += unclaimed(clients, arrived)
-    _show([*clients, arrived], findings, as_json)
+        findings += [finding for of in arrived for finding in unclaimed(clients, of)]
+    _show([*clients, *arrived], findings, as_json)
 
 
 @audit.command()
 def explain(place: Place) -> None:
     """Say of everything that left what it is, how it was computed, which samples touched it, and what it can reveal."""
-    with ledgers_at(place) as found:
-        clients = [check_ledger(folder) for folder in found.clients]
-    if not clients:
-        raise InputFileError(f"{place} holds no client's ledger")
+    clients = _clients_at(place)
     # In a file, or for another program, a sentence is a line.
     shown: dict[str, Any] = {"highlight": False, "soft_wrap": not console.is_terminal}
     for client in clients:
@@ -175,10 +181,8 @@ def budget(
     """Add up the differential privacy that each client has spent, over all its runs: by artifact and in all, and what is
     covered by no epsilon.
     """
-    with ledgers_at(place) as found:
-        clients = [check_ledger(folder) for folder in found.clients]
-    if not clients:
-        raise InputFileError(f"{place} holds no client's ledger")
+    # What was spent is spent over all runs, also where one is looked at.
+    clients = _clients_at(place, whole=True)
     rows, spent_by = [], []
     for client in clients:
         intents = client.of(Intent)
@@ -209,7 +213,7 @@ def export(
     """Pack one ledger for a third party: its lines, policies and public key, and not the key that signs."""
     with ledgers_at(place) as found:
         if len(found.all) != 1:
-            names = ", ".join(str(folder) for folder in found.all)
+            names = ", ".join(str(one.folder) for one in found.all)
             raise InputFileError(f"{place} holds {len(found.all)} ledgers; give the folder of one: {names}")
         write_bundle(found.all[0], bundle)
     console.print(f"bundle: {bundle}", soft_wrap=True)
@@ -217,93 +221,21 @@ def export(
 
 @audit.command()
 def report(
-    place: Annotated[Path, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pages. (default: audit/ in the run's folder)")] = None,
+    place: Place,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pages. (default: audit/ in the folder, or BUNDLE-audit beside a bundle)")
+    ] = None,
 ) -> None:
     """Write an HTML page for each client and one for the federation: what left, what it means, and whether the ledgers hold."""
-    folder = out or place / "audit"
+    folder = out or (place.with_name(f"{place.stem}-audit") if place.is_file() else place / "audit")
     with ledgers_at(place) as found:
         verdict = write_pages(found, folder)
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True)
     raise typer.Exit(int(verdict))
 
 
-@audit.command()
-def canary(
-    preset: Annotated[str, typer.Option(help="Preset or TOML file of the run.")] = "glyphs",
-    set_: Set = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Empty folder to keep the run in. (default: a temporary one, removed at the end)")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="The preset's own sizes, in place of a small run of a minute.")] = False,
-) -> None:
-    """Plant unmistakable records in private sets, run all stages, and search everything that left for them, raw and in
-    disguise. What leaves has the same form in a small run as in a large one.
-    """
-    settings = load_settings(preset, [*([] if full else _SMALL), *(set_ or [])])
-    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputFileError(f"--out {out} is not an empty folder; give another one")
-    from metamoe.audit.canary import run_canary
-
-    with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(TemporaryDirectory()))
-        with notes.status("running, and searching what left"):
-            found = run_canary(settings, folder.absolute())
-    replies = [place for place in found.places if place.startswith("client ")]
-    console.print(
-        f"searched {len(replies)} replies, what the server made of them, and the ledgers: {len(found.places)} places, "
-        f"{sum(found.places.values()):,} bytes, with {found.controls} controls",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for hit in found.found:
-        console.print(f"found: {hit}", style="red", markup=False, highlight=False, soft_wrap=True)
-    for control in found.blind:
-        console.print(f"the search did not find its own control: {control}", style="red", soft_wrap=True)
-    verdict = Verdict.VIOLATION if found.found else Verdict.INCOMPLETE if found.blind else Verdict.FINE
-    console.print("no canary left" if verdict is Verdict.FINE else MEANING[verdict], style="bold")
-    raise typer.Exit(int(verdict))
-
-
-@audit.command()
-def attack(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished simulation on built-in data.")],
-    shadows: Annotated[
-        int, typer.Option(min=0, help="Shadow experts of each client for the likelihood ratio attack; 0 leaves it out.")
-    ] = 8,
-    client: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Attack this client; repeatable. (default: every client)")
-    ] = None,
-    as_json: Annotated[bool, json_option("what attack.json holds")] = False,
-) -> None:
-    """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
-    """
-    from metamoe.audit.attacks import as_json as results_json
-    from metamoe.audit.attacks import attack as attacked
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(TextColumn("experts, own and shadow"), *columns, console=notes) as progress:
-        task = progress.add_task("", total=None)
-        results = attacked(run, shadows, lambda done, total: progress.update(task, completed=done, total=total), client or [])
-    settings = load_settings(str(run / "settings.toml"))
-    written = results_json(settings, results)
-    write_json(run / "attack.json", written)
-    if as_json:
-        put_json(written)
-        return
-    privacy = settings.privacy
-    title = (
-        f"privacy.vectors = {privacy.vectors}, privacy.expert = {privacy.expert}, router.vectors = {settings.router.vectors}"
-    )
-    header = ("client", "mean, error", "mean by guesses of N", "class mix, r", "top class")
-    rows = []
-    for name, result in results.items():
-        means = (result.mean_error, result.guessed_error, result.class_mix)
-        membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
-        shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
-        rows.append([name, *shown[0], "right" if result.top_class else "wrong", *shown[1]])
-    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false"], rows, title=title)
+audit.command()(canary)
+audit.command()(attack)
 
 
 class Described(StrEnum):
@@ -323,6 +255,14 @@ def schema(
     console.print_json(data=json_schema(models[of]))
 
 
+def _clients_at(place: Path, *, whole: bool = False) -> list[Checked]:
+    with ledgers_at(place) as found:
+        clients, _ = checked_at(found, whole=whole)
+    if not clients:
+        raise InputFileError(f"{place} holds no client's ledger")
+    return clients
+
+
 def _show(
     checked: Sequence[Checked], findings: Sequence[Finding], as_json: bool, more: Mapping[str, object] | None = None
 ) -> None:
@@ -333,8 +273,10 @@ def _show(
     ]
     verdict = worst(findings)
     if as_json:
-        names = ("name", "lines", "runs", "bytes_sent", "bytes_received", "key")
-        values = [(of.name, len(of.lines), len(of.runs), *counts, of.key) for of, counts in zip(checked, moved, strict=True)]
+        names = ("name", "lines", "runs", "bytes_sent", "bytes_received", "key", "keys")
+        values = [
+            (of.name, len(of.lines), len(of.runs), *counts, of.key, of.keys) for of, counts in zip(checked, moved, strict=True)
+        ]
         ledgers = [dict(zip(names, ledger, strict=True)) for ledger in values]
         wrong = [{"verdict": MEANING[f.verdict], "where": f.where, "what": f.what} for f in findings]
         put_json({"verdict": MEANING[verdict], "ledgers": ledgers, "findings": wrong, **(more or {})})
@@ -344,6 +286,8 @@ def _show(
         bytes_ = (f"{count:,}" if count else "" for count in counts)
         rows.append([ledger.name, str(len(ledger.lines)), str(len(ledger.runs)), *bytes_, ledger.key[:16]])
     show_table(console, ["ledger", "lines", "runs", "bytes sent", "bytes received", "public key"], rows)
+    for ledger in checked:
+        console.print(f"{ledger.name}: {'; '.join(ledger.keys)}", markup=False, highlight=False, soft_wrap=True)
     for finding in findings:
         line = f"{MEANING[finding.verdict]}: {finding.where}: {finding.what}"
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

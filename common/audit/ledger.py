@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,7 +23,7 @@ from metamoe.common.audit.entries import (
     head_statement,
     seal_statement,
 )
-from metamoe.common.audit.keys import audit_key, public_hex
+from metamoe.common.audit.keys import audit_key, public_file, public_hex
 from metamoe.common.audit.merkle import merkle_root
 from metamoe.common.errors import LedgerError
 from metamoe.common.files import write_atomically
@@ -51,7 +52,9 @@ class Ledger:
             self._lock = FileLock(folder / ".lock")
             with self._lock:
                 self._key = key or audit_key(folder)
-        self.public = public_hex(self._key)
+                self.public = public_hex(self._key)
+                if key and not public_file(folder).is_file():
+                    write_atomically(public_file(folder), self.public + "\n")
         self._end: tuple[int, int, str] | None = None
 
     def sign(self, statement: bytes) -> str:
@@ -90,7 +93,7 @@ class Ledger:
             LedgerError: a line is none.
         """
         with _ledger_errors(self._file), self._lock:
-            return [Line.model_validate_json(raw).entry for raw in self._whole_lines()]
+            return [_parsed(raw).entry for raw in self._whole_lines()]
 
     def run(self, run: str) -> list[Entry]:
         """The entries of one run so far.
@@ -115,9 +118,7 @@ class Ledger:
         with _ledger_errors(self._file), self._lock:
             # A run's name is in each of its lines; the others need not be parsed.
             found = [(raw, run.encode() in raw) for raw in self._whole_lines()]
-        return [
-            (line, raw) for raw, wanted in found if wanted for line in [Line.model_validate_json(raw)] if line.entry.run == run
-        ]
+        return [(line, raw) for raw, wanted in found if wanted for line in [_parsed(raw)] if line.entry.run == run]
 
     def _known_end(self) -> tuple[int, int, str]:
         """Bytes and lines so far, and the hash of the last; read anew only if another process has written."""
@@ -149,6 +150,12 @@ class Ledger:
         if end < len(content):
             os.truncate(self._file, end)
         return content[:end].splitlines()
+
+
+@lru_cache(maxsize=4_096)
+def _parsed(line: bytes) -> Line:
+    """A line, which is read again for every message, and never changes."""
+    return Line.model_validate_json(line)
 
 
 def _hash(line: bytes) -> str:

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from metamoe.common.audit.entries import ArrayEntry, Digest, Entry, Intent, Spent
+from metamoe.common.audit.touching import touching_names
 from metamoe.common.config import Count, NonNegative, Positive, Section, Settings
 from metamoe.common.errors import BudgetError, InputFileError, PolicyError, first_problem
 from metamoe.common.privacy import Mechanism, total_epsilon
@@ -31,6 +32,17 @@ ArtifactKind = Literal[
     "ledger",
 ]
 _LEDGER_ARRAYS = ("audit-key", "ledger-root", "ledger-signature")
+
+
+class Between(Section):
+    """Numbers between two, which are among them; without one of them there is no bound on that side."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+Allowed = Literal["any"] | Between | list[JsonValue]
+"""What a server may choose of one setting: anything, a number between two, or one of a list."""
 
 
 class Rule(Section):
@@ -55,6 +67,12 @@ class Limits(Section):
     max_bytes_per_run: Count = Field(256_000_000, description="array bytes of all replies of one run")
     max_lora_rank: Count = Field(64, description="a larger expert can hold more of what it was trained on")
     min_private_samples: Count = Field(20, description="a mean over fewer says too much about each of them")
+    max_distinct_statistics: int = Field(
+        3,
+        ge=0,
+        description="different exact ones of each kind of artifact over the client's life, and ones with noise where no budget "
+        "is set; the same again is sent as it was and is no other; 0 is no limit",
+    )
     reply_time_step: NonNegative = Field(
         10.0, description="seconds; replies wait for the next multiple, so that the time taken does not tell the amount of data"
     )
@@ -75,6 +93,24 @@ class Policy(Section):
     limits: Limits = Limits()
     budget: Budget | None = None
     server: Digest | None = Field(None, description="public key of the server's ledger; a run of any other server is refused")
+    seed_models: list[Digest] | Literal["any"] = Field(
+        [], description="fingerprints of those that a server may use; none: that of the first run"
+    )
+    public_sets: list[Digest] | Literal["any"] = Field(
+        [], description="fingerprints of those that a server may use; none: that of the first run"
+    )
+    settings: dict[str, Allowed] | Literal["any"] = Field(
+        {},
+        description="what a server may choose of the settings that touch private data, by name: any, a range {min, max}, or a "
+        "list of values; what is not here stays as in the first run",
+    )
+
+    @field_validator("settings")
+    @classmethod
+    def _known(cls, settings: dict[str, Allowed] | str) -> dict[str, Allowed] | str:
+        if unknown := sorted(set(settings) - touching_names()) if isinstance(settings, dict) else []:
+            raise ValueError(f"{unknown[0]!r} is no setting that touches private data; see metamoe settings")
+        return settings
 
 
 DEFAULT = Policy(
@@ -95,7 +131,12 @@ SIMULATION = Policy(
         "routing-vectors": Rule(purpose="routing as in the paper"),
         "accuracy": Rule(purpose="the table of results"),
     },
-    limits=Limits(max_bytes_per_run=10**12, max_lora_rank=10**6, min_private_samples=1, reply_time_step=0),
+    limits=Limits(
+        max_bytes_per_run=10**12, max_lora_rank=10**6, min_private_samples=1, max_distinct_statistics=0, reply_time_step=0
+    ),
+    seed_models="any",
+    public_sets="any",
+    settings="any",
 )
 """For a simulation, whose data is the researcher's own: all that there is, as soon as it is computed."""
 

@@ -53,6 +53,15 @@ def reconcile(client: Checked, server: Checked) -> list[Finding]:
     return findings
 
 
+def reconcile_all(clients: Sequence[Checked], servers: Sequence[Checked]) -> list[Finding]:
+    """Each client's ledger against those of the servers that have runs in common with it; one that has none disagrees."""
+    findings = []
+    for client in clients:
+        known = [server for server in servers if set(client.runs).intersection(server.runs)]
+        findings += [finding for server in known or servers[:1] for finding in reconcile(client, server)]
+    return findings
+
+
 def unclaimed(clients: Sequence[Checked], server: Checked) -> list[Finding]:
     """What arrived at the server in runs of these clients under a key that none of their ledgers has; all clients of the runs
     are to be among them.

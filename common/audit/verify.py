@@ -3,12 +3,13 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
+from rfc8785 import CanonicalizationError
 
 from metamoe.common.audit.entries import (
     FIRST,
@@ -30,7 +31,8 @@ from metamoe.common.audit.entries import (
 from metamoe.common.audit.keys import public_file, read_public, signed_by
 from metamoe.common.audit.ledger import HEAD, LEDGER
 from metamoe.common.audit.merkle import merkle_root
-from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy, policy_hash
+from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy
+from metamoe.common.audit.terms import first_terms, problems, settings_file, statistics, terms_of
 from metamoe.common.errors import InputFileError, PolicyError, first_problem
 
 _Kind = TypeVar("_Kind", bound=Entry)
@@ -52,22 +54,24 @@ _WORST_FIRST = (Verdict.TAMPERED, Verdict.DISAGREE, Verdict.VIOLATION, Verdict.O
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: how bad, where, and what."""
+    """One thing that is wrong: how bad, where, what, and in which run if it is of one alone."""
 
     verdict: Verdict
     where: str
     what: str
+    run: str = ""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A ledger that was read: its lines as far as they are lines, and what is wrong with them."""
+    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from."""
 
     name: str
     key: str
     lines: list[tuple[Line, bytes]] = field(default_factory=list)
     policies: dict[str, Policy] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def entries(self) -> list[Entry]:
@@ -77,6 +81,12 @@ class Checked:
     def runs(self) -> list[str]:
         """The runs it has lines of, in their order."""
         return list(dict.fromkeys(entry.run for entry in self.entries))
+
+    def in_runs(self, runs: Sequence[str]) -> "Checked":
+        """Only what is of these runs, and what is of none alone."""
+        lines = [(line, raw) for line, raw in self.lines if line.entry.run in runs]
+        findings = [finding for finding in self.findings if finding.run in ("", *runs)]
+        return replace(self, lines=lines, findings=findings)
 
     def of(self, kind: type[_Kind], run: str | None = None) -> list[_Kind]:
         """The entries of one type, of one run or of all."""
@@ -89,18 +99,19 @@ def worst(findings: Iterable[Finding]) -> Verdict:
     return next((verdict for verdict in _WORST_FIRST if verdict in found), Verdict.FINE)
 
 
-def check_ledger(folder: Path, key: str | None = None, server: str | None = None) -> Checked:
+def check_ledger(folder: Path, key: str | None = None, server: str | None = None, name: str = "") -> Checked:
     """Read a ledger and check every hash, signature, Merkle root and receipt in it, and each message against its policy.
 
     Args:
         folder: with ``ledger.jsonl``, ``head.json`` and the policies that it names.
         key: public key of its keeper, hexadecimal, as you had it from them; None for ``audit.pub`` in the folder.
-        server: public key of the server's ledger; None for the one that the ledger names.
+        server: public key of the server's ledger; None for the one that a run's policy or, without one, the ledger names.
+        name: by which findings speak of it; empty for the folder's.
 
     Raises:
         InputFileError: there is no ledger, or no key.
     """
-    name = folder.name if folder.name != "audit" else folder.parent.name
+    name = name or (folder.name if folder.name != "audit" else folder.parent.name)
     checked = Checked(name, key or read_public(public_file(folder)))
     try:
         content = (folder / LEDGER).read_bytes()
@@ -113,7 +124,9 @@ def check_ledger(folder: Path, key: str | None = None, server: str | None = None
     checked.findings.extend(_check_head(checked, folder / HEAD))
     checked.findings.extend(_read_policies(checked, folder))
     for run in checked.runs:
-        checked.findings.extend(_check_run(checked, run, server))
+        checked.findings.extend(replace(finding, run=run) for finding in _check_run(checked, run, server))
+    checked.findings.extend(_check_terms(checked, folder))
+    checked.findings.extend(_check_statistics(checked))
     checked.findings.extend(_check_budget(checked))
     return checked
 
@@ -127,10 +140,14 @@ def _read_lines(checked: Checked, content: bytes) -> Iterator[Finding]:
         where = f"{checked.name}, line {number + 1}"
         try:
             line = Line.model_validate_json(raw)
+            form = canonical(line)
         except ValidationError as error:
             yield Finding(Verdict.TAMPERED, where, f"is no line of a ledger: {first_problem(error)}")
             return
-        if canonical(line) != raw:
+        except CanonicalizationError as error:
+            yield Finding(Verdict.TAMPERED, where, f"is no line of a ledger: {error}")
+            return
+        if form != raw:
             yield Finding(Verdict.TAMPERED, where, "is not in the canonical form of RFC 8785")
         if line.seq != number:
             yield Finding(Verdict.TAMPERED, where, f"has the number {line.seq}; lines are missing or out of order")
@@ -162,14 +179,14 @@ def _check_head(checked: Checked, file: Path) -> Iterator[Finding]:
 def _read_policies(checked: Checked, folder: Path) -> Iterator[Finding]:
     for digest in {entry.policy for entry in checked.of(Open) if entry.policy}:
         file = folder / f"policy-{digest}.toml"
+        # Of the file as it is: what a policy says without saying it changes with the product.
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
+            continue
         try:
-            policy = load_policy(file)
+            checked.policies[digest] = load_policy(file)
         except InputFileError as error:
             yield Finding(Verdict.INCOMPLETE, checked.name, f"the policy it names cannot be read: {error}")
-            continue
-        if policy_hash(policy) != digest:
-            yield Finding(Verdict.TAMPERED, checked.name, f"{file.name} is not the policy that the ledger names")
-        checked.policies[digest] = policy
 
 
 def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Finding]:
@@ -183,10 +200,13 @@ def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Findi
         yield Finding(Verdict.TAMPERED, where, "was opened under another key than the ledger's")
     if server and first.server != server:
         yield Finding(Verdict.TAMPERED, where, "was opened for another server")
+    policy = checked.policies.get(first.policy or "")
+    if policy and policy.server not in (None, first.server):
+        yield Finding(Verdict.VIOLATION, where, "was opened for a server that the policy does not allow")
     yield from _check_seals(checked, run, where, of_run)
     yield from _check_receipts(checked, run, where, server or first.server)
-    if first.policy in checked.policies:
-        yield from _check_policy(checked.policies[first.policy], where, checked.of(Intent, run))
+    if policy:
+        yield from _check_policy(policy, where, checked.of(Intent, run))
 
 
 def _check_seals(checked: Checked, run: str, where: str, of_run: Sequence[tuple[Entry, bytes]]) -> Iterator[Finding]:
@@ -259,6 +279,53 @@ def _check_policy(policy: Policy, where: str, intents: Sequence[Intent]) -> Iter
             yield Finding(Verdict.VIOLATION, where, f"sent {kind!r} {count} times; the policy allows {rule.releases_per_run}")
     if total > policy.limits.max_bytes_per_run:
         yield Finding(Verdict.VIOLATION, where, f"sent {total:,} bytes; the policy allows {policy.limits.max_bytes_per_run:,}")
+
+
+def _check_terms(checked: Checked, folder: Path) -> Iterator[Finding]:
+    """What each run asked, against what its policy lets a server choose; of policies that say so."""
+    answered = {intent.run for intent in checked.of(Intent)}
+    opened = [entry for entry in checked.of(Open) if entry.run in answered and entry.role == "client"]
+    try:
+        first = first_terms(folder, checked.entries)
+    except PolicyError as error:
+        yield Finding(Verdict.TAMPERED, checked.name, str(error))
+        return
+    for entry in opened:
+        policy, where = checked.policies.get(entry.policy or ""), f"{checked.name}, run {entry.run[:8]}"
+        try:
+            terms = terms_of(folder, entry)
+        except PolicyError as error:
+            yield Finding(Verdict.TAMPERED, where, str(error), entry.run)
+            continue
+        if policy is None or "settings" not in policy.model_fields_set:
+            continue
+        if terms is None:
+            what = f"was answered, but {settings_file(folder, entry.settings).name} is not here"
+            yield Finding(Verdict.INCOMPLETE, where, what, entry.run)
+            continue
+        for problem in problems(policy, terms, first):
+            yield Finding(Verdict.VIOLATION, where, f"was answered, but {problem}", entry.run)
+
+
+def _check_statistics(checked: Checked) -> Iterator[Finding]:
+    """How many different statistics had left after each message, against the policy it left under; of policies that say so."""
+    policies = {entry.run: checked.policies.get(entry.policy or "") for entry in checked.of(Open)}
+    seen: dict[bool, dict[ArtifactKind, set[object]]] = {True: {}, False: {}}
+    for intent in checked.of(Intent):
+        policy = policies.get(intent.run)
+        for noise_counts, before in seen.items():
+            for kind, identities in statistics([intent], noise_counts=noise_counts).items():
+                known = before.setdefault(kind, set())
+                if policy and noise_counts is (policy.budget is None) and _is_one_too_many(policy, known, identities):
+                    what = f"sent another {kind!r} after {len(known)} different ones, all that the policy allows"
+                    yield Finding(Verdict.VIOLATION, f"{checked.name}, run {intent.run[:8]}", what, intent.run)
+                known |= identities
+
+
+def _is_one_too_many(policy: Policy, known: set[object], identities: set[object]) -> bool:
+    most = policy.limits.max_distinct_statistics
+    stated = "max_distinct_statistics" in policy.limits.model_fields_set
+    return stated and 0 < most <= len(known) and not identities & known
 
 
 def _check_budget(checked: Checked) -> Iterator[Finding]:

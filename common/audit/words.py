@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from metamoe.common.audit.entries import ArrayEntry, Intent, Spent
-from metamoe.common.audit.policy import ArtifactKind, Policy, kind_of_array
+from metamoe.common.audit.policy import Allowed, ArtifactKind, Between, Policy, kind_of_array
 from metamoe.common.errors import PolicyError
 
 
@@ -99,13 +99,51 @@ def policy_lines(policy: Policy) -> list[str]:
         lines.append(f"Replies wait for the next multiple of {limits.reply_time_step:g} seconds after the request.")
     else:
         lines.append("Replies leave as soon as they are computed: the time taken tells the amount of data.")
+    lines += _over_all_runs(policy)
     if policy.server:
         lines.append(f"Only for runs of the server whose ledger has the key {policy.server[:16]}….")
     if budget := policy.budget:
         lines.append(f"All runs together may spend epsilon {budget.epsilon:g}, delta {budget.delta:g} of differential privacy.")
     else:
-        lines.append("There is no limit to what all runs together reveal: no privacy budget is set.")
+        lines.append("No epsilon limits what all runs together reveal: no privacy budget is set.")
     return lines
+
+
+def _over_all_runs(policy: Policy) -> Iterable[str]:
+    """What a server may choose, and how often it may ask."""
+    if policy.settings == "any":
+        yield "A server may choose every setting, and so over which samples, and of what, each mean is taken."
+    else:
+        yield (
+            "A server chooses no setting that touches private data: each stays as in the first run that this client answered, "
+            "and so do the samples over which means are taken"
+            + (", but for these:" if policy.settings else ".")
+            + "".join(f" {name} ({_choice_words(rule)});" for name, rule in policy.settings.items()).rstrip(";")
+        )
+    for what, allowed in (("seed model", policy.seed_models), ("public set", policy.public_sets)):
+        if allowed == "any":
+            yield f"A server may use any {what}."
+        elif allowed:
+            yield f"The {what} is {' or '.join(f'{digest[:16]}…' for digest in allowed)}."
+        else:
+            yield f"The {what} is that of the first run that this client answered."
+    if most := policy.limits.max_distinct_statistics:
+        yield (
+            f"Over all runs at most {most} different exact ones of each artifact leave; the same again is sent as it was, "
+            "to the bit. With noise they do not count where a budget is set."
+        )
+    else:
+        yield "There is no limit to how many different exact ones of each artifact leave over all runs."
+
+
+def _choice_words(rule: Allowed) -> str:
+    match rule:
+        case "any":
+            return "any"
+        case Between(min=least, max=most):
+            return " ".join([f"at least {least:g}"] * (least is not None) + [f"at most {most:g}"] * (most is not None))
+        case _:
+            return " or ".join(map(str, rule))
 
 
 @dataclass(frozen=True)

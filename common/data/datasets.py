@@ -59,20 +59,30 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
     """
     domain = settings.client_domain(client)
     data = load_domain(settings.data, domain, split)
-    owners = [k for k in range(settings.clients) if settings.client_domain(k) == domain]
-    if split == "train" and len(owners) > 1:
-        rng = np.random.default_rng([settings.seed, settings.data.domains.index(domain)])
-        labels = np.asarray(data["label"]) if "label" in data.features else np.zeros(len(data), dtype=int)
-        parts = partition(labels, len(owners), settings.data.dirichlet, rng)
-        data = data.select(parts[owners.index(client)])
     if split == "train":
-        data = _random_part(data, settings.data.private_samples, np.random.default_rng([settings.seed, client]))
+        rows = private_rows(settings, client, data)
+        data = data if len(rows) == len(data) else data.select(rows)
     if len(data) == 0:
+        owners = len(_owners(settings, client))
         raise EmptyPartitionError(
-            f"client {settings.client_names[client]!r} has no training samples: {len(owners)} clients share {domain!r} at "
+            f"client {settings.client_names[client]!r} has no training samples: {owners} clients share {domain!r} at "
             f"data.dirichlet = {settings.data.dirichlet}; use fewer clients or a larger value"
         )
     return data
+
+
+def private_rows(settings: Settings, client: int, domain: Dataset) -> np.ndarray:
+    """Which rows of its domain's training part are a client's, in their order. int64 [N]."""
+    rows, owners = np.arange(len(domain)), _owners(settings, client)
+    if len(owners) > 1:
+        rng = np.random.default_rng([settings.seed, settings.data.domains.index(settings.client_domain(client))])
+        labels = np.asarray(domain["label"]) if "label" in domain.features else np.zeros(len(domain), dtype=int)
+        rows = partition(labels, len(owners), settings.data.dirichlet, rng)[owners.index(client)]
+    return rows[_random_rows(len(rows), settings.data.private_samples, np.random.default_rng([settings.seed, client]))]
+
+
+def _owners(settings: Settings, client: int) -> list[int]:
+    return [k for k in range(settings.clients) if settings.client_domain(k) == settings.client_domain(client)]
 
 
 def load_domain(data: Data, domain: str, split: str) -> Dataset:
@@ -215,9 +225,11 @@ def _files_of(dataset: Dataset) -> list[str]:
 
 def _random_part(data: Dataset, size: int, rng: np.random.Generator) -> Dataset:
     """``size`` random rows in their old order; everything if that is 0 or not less."""
-    if not 0 < size < len(data):
-        return data
-    return data.select(np.sort(rng.permutation(len(data))[:size]))
+    return data.select(_random_rows(len(data), size, rng)) if 0 < size < len(data) else data
+
+
+def _random_rows(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.permutation(count)[:size]) if 0 < size < count else np.arange(count)
 
 
 def _cached(source: str, name: str, make: Callable[[], Dataset]) -> Dataset:

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import tomli_w
 
+from metamoe.audit.verification import verify
 from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.keys import read_public
-from metamoe.common.audit.policy import load_policy
+from metamoe.common.audit.policy import load_policy, policy_text
 from metamoe.common.audit.reconcile import reconcile
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
@@ -46,11 +47,21 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Three clients and a server, up."""
     folder = tmp_path_factory.mktemp("deployed") / "federation"
     make_keys(folder, Federation(host="localhost", port=flower.free_port(), clients=3), 30, datetime.now(UTC))
+    let_choose(folder, "seed")
     try:
         up(folder, lambda _: None)
         yield folder
     finally:
         down(folder)
+
+
+def let_choose(federation: Path, *settings: str) -> None:
+    """Each client's owner lets the server choose these, as often as these tests do."""
+    for file in federation.glob("clients/*/policy.toml"):
+        policy = load_policy(file)
+        limits = policy.limits.model_copy(update={"max_distinct_statistics": 20})
+        chosen = policy.model_copy(update={"settings": dict.fromkeys(settings, "any"), "limits": limits})
+        write_atomically(file, policy_text(chosen))
 
 
 def start(federation: Path, settings: Settings, out: Path) -> subprocess.Popen[str]:
@@ -78,6 +89,9 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
         assert client.findings == []
         assert reconcile(client, server) == []
         assert list(client.policies.values()) == [load_policy(federation / "clients" / f"client-{number}" / "policy.toml")]
+    # In its own place, and with a key that is not in the federation's folder, a run finds what belongs to it.
+    assert verify(tmp_path / "deployed").fine
+    assert [ledger.name for ledger in verify(federation).ledgers] == ["client-0", "client-1", "client-2"]
     run_local(small, tmp_path / "local")
     assert (tmp_path / "deployed" / "proxies.json").read_bytes() == (tmp_path / "local" / "proxies.json").read_bytes()
     models = [load_model(tmp_path / name / "model").model for name in ("deployed", "local")]
@@ -282,6 +296,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_ledger_and_framing(tmp_path: Pat
     folder = tmp_path / "federation"
     server = Federation(host="localhost", port=flower.free_port(), clients=1)
     make_keys(folder, server, 30, datetime.now(UTC))
+    let_choose(folder, "lora.rank")
     counter = Counter(server.port)
     counter.start()
     on_the_wire = []

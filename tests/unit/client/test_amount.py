@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from PIL import Image
 from safetensors import safe_open
 
-from metamoe.audit.ledgers import write_bundle
+from metamoe.audit.ledgers import Found, write_bundle
 from metamoe.client.app import app
 from metamoe.common.audit.ledger import LEDGER
 from metamoe.common.audit.policy import SIMULATION, policy_text
@@ -135,7 +135,7 @@ def test_fifty_samples_leave_as_five_thousand_do(
         out = tmp_path / f"out-{number}"
         run_stages(settings, [7], client.ask, out)
         ledger = client.state / "audit" / "client-0"
-        write_bundle(ledger, out / "bundle.zip")
+        write_bundle(Found(ledger, ledger.name, ledger / "audit.pub"), out / "bundle.zip")
         with zipfile.ZipFile(out / "bundle.zip") as bundle:
             sizes = [(entry.filename, entry.file_size) for entry in bundle.infolist()]
         (out / "bundle.zip").unlink()

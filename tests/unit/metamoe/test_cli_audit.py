@@ -7,6 +7,7 @@ import shutil
 import tomllib
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from metamoe.client.egress import audited
 from metamoe.client.site import Site
 from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.ledger import HEAD, LEDGER
+from metamoe.common.audit.policy import load_policy
+from metamoe.common.audit.terms import Terms, check_terms
+from metamoe.common.audit.touching import touching
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.audit.words import privacy_of
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
-from metamoe.common.errors import InputFileError
+from metamoe.common.errors import InputFileError, PolicyError
 from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.presets import changed
+from metamoe.common.presets import changed, to_toml
 from metamoe.common.wire import Envelope, Request, encode_request
 
 
@@ -64,6 +68,63 @@ def test_each_kind_of_harm_has_its_exit_code(run: Path, run_metamoe) -> None:
     assert run_metamoe("audit", "reconcile", str(run)) == InputFileError.exit_code
     assert run_metamoe("audit", "verify", "nowhere") == InputFileError.exit_code
     assert run_metamoe("audit", "verify") == 2
+
+
+@pytest.fixture
+def federation(finished: Path, tmp_path: Path) -> Path:
+    """The same ledgers as they lie after a deployed run, whose server has its key beside all runs."""
+    folder = tmp_path / "federation"
+    for client in ("client-0", "client-1", "client-2"):
+        shutil.copytree(finished / "clients/audit" / client, folder / "clients" / client / "state/audit" / client)
+    shutil.copytree(finished / "server/audit", folder / "runs/first/server/audit")
+    (folder / "server").mkdir()
+    for name in ("audit.key", "audit.pub"):
+        shutil.move(folder / "runs/first/server/audit" / name, folder / "server" / name)
+    (folder / "federation.toml").write_text('host = "localhost"\nport = 8000\nclients = 3\n')
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "runs/first", "clients/client-1", "clients/client-1/state", "bundle.zip"])
+def test_every_place_of_a_federation_is_one_for_every_command(
+    federation: Path, run_metamoe, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_metamoe("audit", "export", str(federation / "clients/client-1"), str(federation / "bundle.zip")) == 0
+    whole, known = place in ("", "runs/first"), str(federation / "server" / "audit.pub")
+    capsys.readouterr()
+    assert run_metamoe("audit", "verify", str(federation / place), "--json") == 0
+    said = json.loads(capsys.readouterr().out)["ledgers"]
+    alone = "bundle" if place == "bundle.zip" else "client-1"
+    names = ["client-0", "client-1", "client-2", "server of first"] if whole else [alone]
+    assert [ledger["name"] for ledger in said] == names
+    if place == "bundle.zip":
+        assert said[0]["keys"][0] == f"its key: audit.pub in {federation / place}"
+    else:
+        assert all(known in ledger["keys"][-1] for ledger in said)
+    other = [] if whole else ["--server", str(federation / "runs/first")]
+    assert run_metamoe("audit", "reconcile", str(federation / place), *other) == 0
+    assert run_metamoe("audit", "explain", str(federation / place)) == 0
+    assert run_metamoe("audit", "budget", str(federation / place)) == 0
+    assert run_metamoe("audit", "report", str(federation / place), "--out", str(federation / "pages")) == 0
+    assert len(list((federation / "pages").iterdir())) == (4 if whole else 2)
+
+
+def test_a_deployed_runs_own_place_is_about_that_run(federation: Path, small: Settings, run_metamoe) -> None:
+    """Another run of the same client, left open, concerns the federation and the client, and not the first run."""
+    seed, envelope = load_seed(small.seed_model), Envelope(run="ab" * 16, message="cd" * 16)
+    request = encode_request(Request(small, seed.fingerprint, public_fingerprint(small.data), {}, envelope))
+    site = Site(0, federation / "clients/client-0/state")
+    audited("profile", request, site, partial(respond, "profile", site=site))
+    assert run_metamoe("audit", "verify", str(federation / "runs/first")) == 0
+    assert run_metamoe("audit", "report", str(federation / "runs/first")) == 0
+    assert run_metamoe("audit", "verify", str(federation / "clients/client-0")) == 3
+
+
+def test_a_federations_key_is_the_one_that_counts(federation: Path, run_metamoe) -> None:
+    """Another one beside the ledger does not save a ledger that was signed with it."""
+    key = federation / "clients/client-0/state/audit/client-0/audit.pub"
+    shutil.copy(key, federation / "server" / "audit.pub")
+    shutil.copy(key, federation / "runs/first/server/audit/audit.pub")
+    assert run_metamoe("audit", "verify", str(federation / "runs/first")) == 3
 
 
 HARM: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
@@ -178,6 +239,9 @@ def test_the_pages_say_what_left_and_whether_it_holds(run: Path, run_metamoe, tm
     pages = {file.name: file.read_text() for file in (tmp_path / "pages").iterdir()}
     assert set(pages) == {"index.html", "client-0.html", "client-1.html", "client-2.html"}
     assert "Every ledger holds" in pages["index.html"]
+    assert pages["index.html"].count('class="picture"') == 3
+    for words in ("to some degree single samples", "nothing of the data", "✓ holds", "expert: 1 of"):
+        assert (words in pages["client-0.html"]) is (words != "expert: 1 of")
     entries = [json.loads(line)["entry"] for line in (run / "clients/audit/client-0" / LEDGER).read_bytes().splitlines()]
     hashes = [array["sha256"] for entry in entries if entry["type"] == "intent" for array in entry["arrays"]]
     assert len(hashes) > 5
@@ -197,6 +261,22 @@ def test_the_policy_is_printed_and_written_once(run_metamoe, tmp_path: Path, cap
     assert "Nothing else leaves" in said
     assert run_metamoe("audit", "policy", str(file)) == 0
     assert run_metamoe("audit", "policy", str(file), "--write", str(file)) == InputFileError.exit_code
+
+
+def test_a_policy_can_be_pinned_before_the_first_run(small: Settings, run_metamoe, tmp_path: Path) -> None:
+    """A seed model made to single samples out has no first run in which to do so."""
+    preset, file = tmp_path / "agreed.toml", tmp_path / "policy.toml"
+    preset.write_text(to_toml(small))
+    assert run_metamoe("audit", "policy", "--preset", str(preset), "--pin", "--write", str(file)) == 0
+    policy = load_policy(file)
+    assert policy.seed_models == [load_seed(small.seed_model).fingerprint]
+    asked = Terms(touching(small), policy.seed_models[0], policy.public_sets[0])
+    check_terms(policy, asked, None)
+    for change, rule in (("seed=1", "rule settings"), ("data.prompt=a {}", "rule settings")):
+        with pytest.raises(PolicyError, match=rule):
+            check_terms(policy, replace(asked, settings=touching(changed(small, [change]))), None)
+    with pytest.raises(PolicyError, match="seed-models"):
+        check_terms(policy, replace(asked, seed_model="0" * 64), None)
 
 
 def test_the_schemas_describe_every_line_head_and_policy(

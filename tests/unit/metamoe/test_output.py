@@ -189,5 +189,5 @@ def test_what_one_call_asks_for_is_not_left_to_the_next(run_metamoe, finished: P
     assert run_metamoe("--quiet", "audit", "verify", str(finished)) == 0
     assert capsys.readouterr().err == ""
     assert run_metamoe("audit", "verify", str(finished)) == 0
-    assert "the public keys are those found beside the ledgers" in capsys.readouterr().err
+    assert "to verify is to have the key from its owner" in capsys.readouterr().err
     assert len(log.handlers) == 1
