@@ -35,7 +35,7 @@ def forward_cost(repeats: int = 10) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name, seed, inputs in (_clip(), _llama()):
         # A model that is being trained never groups.
-        masked = _unified(seed, 3, 2).requires_grad_(True)
+        masked = unified_model(seed, 3, 2).requires_grad_(True)
         rows |= _compared(
             f"{name}, 3 experts, top-2, all experts computed and masked",
             lambda model=masked, x=inputs: model(x)[0],
@@ -43,7 +43,7 @@ def forward_cost(repeats: int = 10) -> dict[str, Row]:
             repeats,
         )
         for experts, top_k in _CASES:
-            unified = _unified(seed, experts, top_k)
+            unified = unified_model(seed, experts, top_k)
             rows |= _compared(
                 f"{name}, {experts} experts, top-{top_k}",
                 lambda model=unified, x=inputs: model(x)[0],
@@ -61,7 +61,7 @@ def compiled_cost(repeats: int = 5) -> dict[str, Row]:
     """
     rows: dict[str, Row] = {}
     for name, seed, inputs in (_clip(), _llama()):
-        unified = _unified(seed, 3, 1)
+        unified = unified_model(seed, 3, 1)
         compiled = torch.compile(unified)
         with torch.inference_mode():
             compiled(inputs)
@@ -91,7 +91,8 @@ def _clip() -> tuple[str, Seed, Inputs]:
     return "CLIP-B/32", Seed("random", clip, None, None), torch.randn(16, 3, 224, 224)
 
 
-def _unified(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
+def unified_model(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
+    """A unified model with random experts and rows, whose decision is one for each sample."""
     router = {"top-k": top_k, "renormalise": top_k > 1, "context": 1.0, "learn-context": False, "seed-expert": False}
     settings = validated({"clients": experts, "experts": {"max": experts}, "router": router, "lora": {"first-layer": 1}})
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from metamoe.common.compute import place_of
 from metamoe.common.config import Settings
 from metamoe.common.data.tasks import accuracy, class_names, samples_of
 from metamoe.common.files import write_json
@@ -24,7 +25,7 @@ def store_and_evaluate(
     ``state/accuracy.json``.
     """
     manifest = save_model(state / "model", seed, settings, names, classes, weights)
-    model = load_model(state / "model", settings.compute.client_device).model
+    model = load_model(state / "model", place_of(settings.compute, "client")).model
     percent = accuracy(model.scores, samples_of(seed, settings.data, [test], class_names(test)))
     write_json(state / "accuracy.json", {"model": manifest.model_hash, "accuracy": percent})
     return percent

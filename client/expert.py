@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import ExpertTraining, Settings
 from metamoe.common.data.datasets import fingerprint
-from metamoe.common.data.tasks import in_parts, input_batches, samples_of
+from metamoe.common.data.tasks import Parts, features, samples_of
+from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
 from metamoe.common.model.seed import Seed
@@ -67,11 +69,14 @@ def train_expert(
     optimizer = optimizer_of(training.optimizer, [{"params": parameters, "lr": training.learning_rate}], training.weight_decay)
     steps = -(-count // training.batch_size) * training.epochs
     checkpoint = Checkpoint(kept, training.checkpoint_minutes, parameters, optimizer, generator)
+    parts = Parts(settings.compute.micro_batch_size)
+
+    def loss(batch: Batch, _rows: Tensor, share: float) -> Tensor:
+        return share * batch.loss(model, encode(model, batch.inputs))
+
     for step, rows in checkpoint.steps(training.epochs, count, training.batch_size, progress):
         optimizer.param_groups[0]["lr"] = training.learning_rate * _rate(training, steps, step)
-        optimizer.zero_grad(set_to_none=True)
-        for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
-            (share * batch.loss(model, encode(model, batch.inputs))).backward()
+        parts.backward(own, rows, optimizer, loss)
         optimizer.step()
     return rounded(expert_of(model))
 
@@ -84,7 +89,7 @@ def expert_key(seed: Seed, settings: Settings, client: int, samples: Sequence[Da
         seed.fingerprint,
         settings.lora.model_dump(),
         settings.expert_training.model_dump(exclude={"checkpoint_minutes"}),
-        (settings.compute.precision, settings.compute.micro_batch_size),
+        (settings.compute.precision + seed.computed_by, settings.compute.micro_batch_size),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,
         # What is kept of a text; images have no tokens.
@@ -105,8 +110,8 @@ def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, sampl
     """
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     model = with_lora(seed, settings.lora, expert)
-    inputs = chain.from_iterable(input_batches(seed, settings.data, data) for data in samples)
-    return routing_vectors(model, paths, inputs).astype(np.float32)
+    parts = chain.from_iterable(features(seed, model, paths, settings.data, data) for data in samples)
+    return routing_vectors(parts).astype(np.float32)
 
 
 def _rate(training: ExpertTraining, steps: int, step: int) -> float:

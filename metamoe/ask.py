@@ -9,8 +9,9 @@ from scipy.stats import binomtest
 
 from metamoe.common.config import Data
 from metamoe.common.data.images import class_folders, image_dataset, image_files
+from metamoe.common.data.pixels import pixel_values
 from metamoe.common.data.questions import read_questions
-from metamoe.common.data.tasks import class_names, pixel_values, samples_of
+from metamoe.common.data.tasks import class_names, samples_of
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.generation import generate
@@ -64,7 +65,9 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
         prompt_tokens=manifest.prompt_tokens,
         answer_tokens=manifest.answer_tokens,
     )
-    percent, by_layer = accuracy_and_routing(loaded.model, samples_of(loaded.seed, data, [samples], class_names(samples)))
+    with loaded.seed.place.computing():
+        ready = samples_of(loaded.seed, data, [samples], class_names(samples))
+        percent, by_layer = accuracy_and_routing(loaded.model, ready)
     shares = torch.tensor(by_layer).mean(0).tolist()
     right = round(percent * len(samples) / 100)
     return Evaluation(
@@ -117,7 +120,8 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
             asked = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
             raise InputFileError(f"this model is one of text; give it prompts, not {given}")
-        _, decisions = loaded.model(asked)
+        with loaded.seed.place.computing():
+            _, decisions = loaded.model(asked)
         pairs = zip(loaded.manifest.expert_names, mean_decision(decisions[-1], asked)[0].tolist(), strict=True)
         yield Decision(given, dict(sorted(pairs, key=lambda pair: -pair[1])))
 
@@ -134,7 +138,14 @@ def spoken(loaded: Loaded, prompt: str, most: int) -> Iterator[tuple[str, str]]:
     # A token can be a part of a letter, so text is what the whole reads beyond what was read before.
     made: list[int] = []
     before = ""
-    for token, routing in generate(loaded.model, ids, tokenizer.eos_token_id, most):
+    steps = generate(loaded.model, ids, tokenizer.eos_token_id, most)
+    while True:
+        # Around each step alone: whoever reads on meanwhile computes as before.
+        with loaded.seed.place.computing():
+            step = next(steps, None)
+        if step is None:
+            return
+        token, routing = step
         made.append(token)
         text = tokenizer.decode(made, skip_special_tokens=True)
         yield text[len(before) :], loaded.manifest.expert_names[int(routing[-1].argmax())]

@@ -1,10 +1,11 @@
 """Questions as tokens: a prompt, and its choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from metamoe.common import config
 from metamoe.common.model.inputs import Tokens, prompt_tokens
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Few, as all are padded to the longest.
-_BATCH = 4
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,10 @@ def tokenised(tokenizer: Any, data: config.Data, dataset: "Dataset") -> list[Que
     ]
 
 
-def prompt_batches(questions: Sequence[Question]) -> Iterator[Tokens]:
-    """The prompts alone, in order, padded on the right."""
-    for start in range(0, len(questions), _BATCH):
-        prompts = [question.prompt for question in questions[start : start + _BATCH]]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        real = torch.arange(longest) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
-        yield prompt_tokens(ids, real)
+def prompts(questions: Sequence[Question], rows: Tensor) -> Tokens:
+    """The prompts of some questions alone, padded on the right."""
+    chosen = [questions[row].prompt for row in rows.tolist()]
+    longest = max(map(len, chosen))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in chosen])
+    real = torch.arange(longest) < torch.tensor([len(prompt) for prompt in chosen])[:, None]
+    return prompt_tokens(ids, real)

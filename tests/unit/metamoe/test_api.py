@@ -21,7 +21,7 @@ from metamoe import progress
 from metamoe.ask import spoken
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain
-from metamoe.common.data.tasks import pixel_values
+from metamoe.common.data.pixels import pixel_values
 from metamoe.common.errors import (
     InputFileError,
     InvalidSettingError,
