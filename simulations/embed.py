@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from metamoe.common.compute import place_of, threads
+from metamoe.common.compute import Place, place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
@@ -37,19 +37,23 @@ def embed_public(settings: Settings, address: str | None, progress: Callable[[in
     place = place_of(settings.compute, "server")
     seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
     paths = all_evidence_paths(seed, settings.lora, settings.router)
-    compute = None if address is None else partial(_on_ray, settings, paths, address)
+    compute = None if address is None else partial(_on_ray, settings, place, paths, address)
     with threads(settings.compute.server_threads), place.computing():
         found = public_features(seed, settings.data, paths, public, public_fingerprint(settings.data), progress, compute)
     return Path(str(found.filename))
 
 
-def _on_ray(settings: Settings, paths: list[str], address: str, missing: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+def _on_ray(
+    settings: Settings, place: Place, paths: list[str], address: str, missing: Sequence[range]
+) -> Iterator[tuple[range, np.ndarray]]:
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunFailedError(f"--ray-address {address}: the cluster cannot be reached: {error}") from error
     try:
-        task = ray.remote(num_cpus=settings.compute.server_threads, max_retries=2)(_shard)
+        # A task without a share of a GPU sees none, and would compute on the CPU without a word.
+        gpus = int(place.device.type == "cuda")
+        task = ray.remote(num_cpus=settings.compute.server_threads, num_gpus=gpus, max_retries=2)(_shard)
         seed, public = load_seed(settings.seed_model).fingerprint, load_public(settings.data)
         text = settings.model_dump_json()
         todo, running = list(missing), dict[ray.ObjectRef, range]()

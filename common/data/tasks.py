@@ -125,17 +125,16 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence["Dataset"], spa
     check_seed(seed, data)
     if seed.is_image_model:
         pixels, labels = all_pixels(seed, datasets, data.workers), torch.cat([labels_in(part, space) for part in datasets])
-        most = seed.place.tokens_at_once
-        at_once = max(1, most // _tokens_of_image(seed)) if most else BATCH
-        return ImageSamples(pixels, labels, text_features(seed, space, data.prompt), at_once)
+        return ImageSamples(pixels, labels, text_features(seed, space, data.prompt), _images_at_once(seed))
     questions = [question for part in datasets for question in tokenised(seed.tokenizer, data, part)]
     return TextSamples(questions, seed.tokenizer.eos_token_id, seed.place.tokens_at_once)
 
 
-def _tokens_of_image(seed: Seed) -> int:
+def _images_at_once(seed: Seed) -> int:
     """A token for each patch, and one for the whole."""
-    vision = seed.model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 + 1
+    vision, most = seed.model.config.vision_config, seed.place.tokens_at_once
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    return max(1, most // tokens) if most else BATCH
 
 
 class Parts:
@@ -210,7 +209,7 @@ def features(seed: Seed, model: PreTrainedModel, paths: list[str], data: config.
 
     if seed.is_image_model:
         fitting = Fitting()
-        for pixels in batches(seed, dataset, workers=data.workers):
+        for pixels in batches(seed, dataset, _images_at_once(seed), data.workers):
             parts = fitting(partial(found, pixels.__getitem__), torch.arange(len(pixels)))
             yield from (part for _, part in parts)
         return

@@ -19,7 +19,7 @@ from metamoe.common.model.batch import Batch, ImageBatch, TextBatch, packed, tex
 from metamoe.common.model.generation import generate
 from metamoe.common.model.inputs import encode, masked_mean
 from metamoe.common.model.lora import expert_of, with_lora
-from metamoe.common.model.moe import UnifiedModel
+from metamoe.common.model.moe import MoELayer, UnifiedModel
 from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import load_seed, seed_at
 from metamoe.common.model.vectors import sample_features
@@ -109,15 +109,18 @@ def test_a_forward_pass_in_every_form(
 
 
 @pytest.mark.parametrize("weights", HELD)
-@pytest.mark.parametrize("grouping", [0, 10**9])
+@pytest.mark.parametrize("form", ["_grouped", "_masked", "_gathered"])
 def test_one_expert_is_that_expert(
-    case: tuple[str, Batch], settings: Settings, monkeypatch: pytest.MonkeyPatch, weights: str, grouping: int
+    case: tuple[str, Batch], settings: Settings, monkeypatch: pytest.MonkeyPatch, weights: str, form: str
 ) -> None:
-    monkeypatch.setattr("metamoe.common.model.moe._GROUPING", grouping)
+    monkeypatch.setattr("metamoe.common.model.moe._GROUPING", 0 if form == "_grouped" else 10**9)
+    if form == "_gathered":
+        settings = changed(settings, ["router.context=1", "router.learn-context=false"])
+        monkeypatch.setattr(MoELayer, "_masked", MoELayer._gathered)
     (reference, batch), place = case, Place(CPU, "bfloat16", weights)
     seed = seed_at(reference, place)
     expert = {name: matrix / 5 for name, matrix in random_expert(seed, settings, 1).items()}
-    routers = [RouterWeights(np.ones((1, seed.width)), np.zeros(1), 0.5)]
+    routers = [RouterWeights(np.ones((1, seed.width)), np.zeros(1), settings.router.context)]
     model = UnifiedModel(seed, [expert], settings.lora, settings.router, routers).eval().requires_grad_(False)
     with torch.inference_mode(), place.computing():
         own = with_lora(seed, settings.lora, expert)
