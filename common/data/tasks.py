@@ -131,7 +131,7 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence["Dataset"], spa
 
 
 def _images_at_once(seed: Seed) -> int:
-    """A token for each patch, and one for the whole."""
+    """Images of a batch; of an image there is a token for each patch, and one for the whole."""
     vision, most = seed.model.config.vision_config, seed.place.tokens_at_once
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     return max(1, most // tokens) if most else BATCH

@@ -95,7 +95,9 @@ class MoELayer(nn.Module):
         real = (chosen < self.count)[:, :, None, None] if self.seed_expert else None
         index = chosen.clamp(max=self.count - 1).flatten() if self.seed_expert else chosen.flatten()
         ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
-        a, b = ({n: m[index].unflatten(0, chosen.shape) for n, m in part.items()} for part in (self.a, self.b))
+        # As they are multiplied: what is gathered is as many copies as there are samples.
+        dtype = next(iter(ups.values())).dtype
+        a, b = ({n: m.to(dtype)[index].unflatten(0, chosen.shape) for n, m in part.items()} for part in (self.a, self.b))
 
         def low(x: Tensor, name: str, slot: int) -> Tensor:
             """A x of the expert in this slot, [B, T, r]."""
