@@ -15,11 +15,11 @@ from metamoe.client.site import Site
 from metamoe.common.audit.policy import DEFAULT, Policy, policy_text
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain, load_public, private_rows, public_fingerprint
-from metamoe.common.data.tasks import input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.errors import PolicyError
 from metamoe.common.files import write_atomically
 from metamoe.common.model.seed import load_seed
-from metamoe.common.model.vectors import all_evidence_paths, sample_features
+from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.common.presets import changed
 from metamoe.common.wire import ARRAYS, Envelope, RecordDict, Request, decode_terms, encode_reply, encode_request
 
@@ -141,15 +141,14 @@ def _features(settings: Settings) -> np.ndarray:
     seed = load_seed(settings.seed_model)
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     domain = load_domain(settings.data, settings.client_domain(0), "train")
-    batches = input_batches(seed, settings.data, domain)
-    return torch.cat(list(sample_features(seed.model, paths, batches))).double().numpy()
+    return torch.cat(list(features(seed, seed.model, paths, settings.data, domain))).double().cpu().numpy()
 
 
 def _public_mean(settings: Settings) -> np.ndarray:
     seed, public = load_seed(settings.seed_model), load_public(settings.data)
     part = public.select(range(min(_PUBLIC, len(public))))
-    features = torch.cat(list(sample_features(seed.model, [], input_batches(seed, settings.data, part))))
-    return features[:, -1].double().mean(dim=0).numpy()
+    embedded = torch.cat(list(features(seed, seed.model, [], settings.data, part)))
+    return embedded[:, -1].double().mean(dim=0).cpu().numpy()
 
 
 def _rule(refusal: str) -> str:

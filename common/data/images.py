@@ -15,9 +15,9 @@ from datasets.features.features import register_feature
 from PIL import Image as PILImage
 
 from metamoe.common.config import Data
+from metamoe.common.data.decode import read_picture, rgb
 from metamoe.common.data.hub import load_from_hub
 from metamoe.common.data.pictures import IMAGE_COLUMNS, LABEL_COLUMNS, Pictures, find_pictures
-from metamoe.common.data.pixels import read_picture, rgb
 from metamoe.common.data.splits import by_part
 from metamoe.common.errors import DataFormatError
 

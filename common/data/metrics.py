@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metamoe.common.batching import Fitting
 from metamoe.common.data.tasks import Samples
 from metamoe.common.model.batch import Scores
 
@@ -54,21 +55,23 @@ class Metrics:
 @torch.inference_mode()
 def answered(scores: Scores, samples: Samples) -> Answered:
     """What scores say to every sample."""
-    parts = []
-    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
-        parts.append(said(scores(samples.asked(rows)), samples.answers[rows]))
-    return joined(parts)
+    fitting = Fitting(samples.cost)
+    pairs = [
+        pair
+        for rows in samples.batches()
+        for pair in fitting(lambda some: said(scores(samples.asked(some)), samples.answers[some]), rows)
+    ]
+    order = torch.cat([rows for rows, _ in pairs]).argsort()
+    # Once for all: until here nobody waits for the device.
+    names = ("chosen", "confidence", "likelihood")
+    return Answered(*(torch.cat([getattr(part, name) for _, part in pairs]).cpu()[order] for name in names))
 
 
 def said(scores: Tensor, answers: Tensor) -> Answered:
-    """The same of scores [B, C], for the right answers [B]."""
-    found = scores.float().cpu()
+    """The same of scores [B, C], for the right answers [B]; on the scores' device."""
+    found = scores.float()
     best = found.softmax(1).max(1)
-    return Answered(found.argmax(1), best.values, found.gather(1, answers[:, None]).squeeze(1))
-
-
-def joined(parts: list[Answered]) -> Answered:
-    return Answered(*(torch.cat([getattr(part, name) for part in parts]) for name in ("chosen", "confidence", "likelihood")))
+    return Answered(found.argmax(1), best.values, found.gather(1, answers.to(found.device)[:, None]).squeeze(1))
 
 
 def metrics_of(found: Answered, samples: Samples) -> Metrics:

@@ -1,134 +1,92 @@
-"""From a file to pixels: the one way for training, embedding, evaluating and asking.
+"""Images as a seed takes them: held as bytes, and made into numbers on the device, batch by batch, as they are needed."""
 
-The first page or frame is used, turned as EXIF says; what is transparent is put on a background; CMYK becomes RGB, and no
-colour profile is applied. Of 16 bits the upper 8 are used, and so of 12 in a TIFF. Floating-point values have to lie from 0,
-black, to 1, white. Other numbers have a range that nobody knows, and are refused.
-"""
-
-import hashlib
-import struct
-import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import BinaryIO
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from metamoe.common.errors import InputFileError
+from metamoe.common.compute import moved
+from metamoe.common.model.seed import Seed
 
-DAMAGED = (
-    *(OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError),
-    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-"""What Pillow's readers raise on damaged files."""
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-_PHOTOMETRIC, _BITS = 262, 258
-_ORIENTATION = 274
-_FLAT = 4
-"""Levels of 255 between the darkest and the brightest value, below which nothing is to be seen."""
+BATCH = 256
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What was found in an image file: SHA-256 of size and pixels, and what is unusual about it."""
-
-    digest: str
-    unusual: list[str]
-
-
-def read_picture(file: str | PathLike[str] | BinaryIO, background: str, place: str = "") -> Image.Image:
-    """An image file's first page or frame in mode RGB.
-
-    Args:
-        file: its path or its bytes.
-        background: colour behind what is transparent.
-        place: where it is, for errors; its path if there is one.
-
-    Raises:
-        InputFileError: it cannot be decoded, or the range of its values cannot be known.
+class Pixels:
+    """Images cut to their size, uint8 [N, 3, H, W], and what each of the 256 values is to the seed in each channel, float32
+    [3, 256], on the seed's device. An index gives float32 [B, 3, H, W] there.
     """
-    try:
-        with Image.open(file) as opened:
-            return rgb(opened, background)
-    except DAMAGED as error:
-        raise InputFileError(f"{place or file} cannot be read as an image: {error}") from error
+
+    values: Tensor
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return _numbers(self.values[rows], self.table)
 
 
-def look_at(file: PathLike[str] | BinaryIO, background: str, place: str = "") -> Looked:
-    """Decode an image file, and say what is unusual about it; arguments as of :func:`read_picture`.
+def pixel_values(seed: Seed, images: Sequence[object]) -> Tensor:
+    """PIL images as the seed's input. float32 [B, 3, H, W]."""
+    return seed.processor(images=list(images), return_tensors="pt")["pixel_values"]
 
-    Raises:
-        InputFileError: as :func:`read_picture`.
+
+def batches(seed: Seed, dataset: "Dataset", size: int = BATCH, workers: int = 0) -> Iterator[Tensor]:
+    """A data set's images in order, ``size`` at a time, decoded ahead of their use by ``workers`` processes; by none, here.
+    float32 [<= size, 3, H, W], on the seed's device.
     """
-    try:
-        with Image.open(file) as opened:
-            # Before it is loaded, when some are turned.
-            turned = opened.getexif().get(_ORIENTATION, 1) != 1
-            picture = rgb(opened, background)
-            unusual = ["turned as EXIF says"] if turned else []
-            unusual += _unusual(opened)
-    except DAMAGED as error:
-        raise InputFileError(f"{place or file} cannot be read as an image: {error}") from error
-    if np.ptp(np.asarray(picture).reshape(-1, 3), axis=0).max() < _FLAT:
-        unusual.append("of one colour, or nearly")
-    return Looked(hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest(), unusual)
+    table = _table(seed)
+    return (_numbers(values, table) for values in _decoded(seed, dataset, size, workers))
 
 
-def rgb(image: Image.Image, background: str) -> Image.Image:
-    """An image as people see it, in mode RGB; the image itself is left as it is.
-
-    Raises:
-        ValueError: the range of its values cannot be known, or its colours not be converted.
-    """
-    # What is known of the file is lost with the first copy.
-    tags = getattr(image, "tag_v2", {})
-    inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
-    scaled = image.format == "PPM"
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode[0] in "IF":
-        upright = _grey(upright, tags.get(_BITS, (16,))[0], scaled, negative=tags.get(_PHOTOMETRIC) == 0)
-    if upright.mode == "CMYK" and inverted:
-        # Pillow takes every such JPEG for one of Adobe's, which holds its colours inverted.
-        upright = ImageChops.invert(upright)
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    over = upright.convert("LA" if upright.mode == "La" else "RGBA").convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", over.size, background), over).convert("RGB")
+def all_pixels(seed: Seed, datasets: Sequence["Dataset"], workers: int = 0) -> Pixels:
+    """All images of some data sets one after the other, decoded once."""
+    vision = seed.model.config.vision_config
+    shape = sum(map(len, datasets)), vision.num_channels, vision.image_size, vision.image_size
+    values, done = torch.empty(shape, dtype=torch.uint8), 0
+    # Filled, not joined, which would need them twice.
+    for dataset in datasets:
+        for batch in _decoded(seed, dataset, BATCH, workers):
+            values[done : done + len(batch)] = batch
+            done += len(batch)
+    return Pixels(values, _table(seed))
 
 
-def _grey(image: Image.Image, bits: int, scaled: bool, negative: bool) -> Image.Image:
-    """Numbers of more than 8 bits as grey values, mode L, or LA where one of them stands for what is transparent."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"it has floating-point values from {low:g} to {high:g}, and what is black and what is white cannot be known; "
-                "save them from 0 to 1, or as 8 or 16 bits"
-            )
-        found = np.round(255 * values).astype(np.uint8)
-    elif image.mode.startswith("I;16") or scaled:
-        found = (values >> (4 if bits == 12 else 8)).clip(0, 255).astype(np.uint8)
-    else:
-        raise ValueError("it has integers of 32 bits, or signed ones, whose range cannot be known; save 8 or 16 bits")
-    grey = Image.fromarray(255 - found if negative else found)
-    clear = image.info.get("transparency")
-    if not isinstance(clear, int):
-        return grey
-    return Image.merge("LA", [grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))])
+def _decoded(seed: Seed, dataset: "Dataset", size: int, workers: int) -> DataLoader[Any]:
+    # Its own generator: a loader draws from it, and the run's random numbers must not depend on that.
+    own = torch.Generator()
+    return DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_cut, seed), generator=own)
 
 
-def _unusual(image: Image.Image) -> list[str]:
-    """What is unusual about an image that was loaded; after this it may be at another page."""
-    kinds = {"F": "with floating-point values", "I": "with 16 bits", "P": "with a palette", "C": "in CMYK"}
-    found = [kinds[image.mode[0]]] if image.mode[0] in kinds else []
-    if image.has_transparency_data and rgb(image, "white").tobytes() != rgb(image, "black").tobytes():
-        found.append("transparent in places")
-    try:
-        if getattr(image, "n_frames", 1) > 1:
-            found.append("of several pages or frames, the first of which is used")
-    except DAMAGED:
-        found.append("damaged behind its first page or frame")
-    return found
+def _cut(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
+    """Images in the size the seed takes, before their values are scaled. uint8 [B, 3, H, W]."""
+    images = [row["image"] for row in rows]
+    return seed.processor(images=images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+
+
+@lru_cache(maxsize=4)
+def _table(seed: Seed) -> Tensor:
+    """What the seed's own processor makes of every value: so numbers are its own to the last digit."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    made = seed.processor(images=[Image.fromarray(ramp)], return_tensors="pt", do_resize=False, do_center_crop=False)
+    return made["pixel_values"][0].flatten(1).to(seed.model.device)
+
+
+def _numbers(values: Tensor, table: Tensor) -> Tensor:
+    """float32 of uint8 values [B, 3, H, W], on the table's device."""
+    values = moved(values, table.device)
+    numbers = torch.empty(values.shape, device=table.device)
+    for channel, row in enumerate(table):
+        own = values[:, channel]
+        numbers[:, channel] = row.index_select(0, own.flatten().int()).view(own.shape)
+    return numbers

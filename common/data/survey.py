@@ -7,8 +7,8 @@ from io import BytesIO
 from pathlib import Path
 
 from metamoe.common.config import Data
+from metamoe.common.data.decode import look_at
 from metamoe.common.data.pictures import Found, Pictures
-from metamoe.common.data.pixels import look_at
 from metamoe.common.errors import InputFileError
 
 

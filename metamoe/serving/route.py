@@ -79,7 +79,12 @@ def prompt_routing(loaded: Loaded, length: int) -> Routing:
     """Routes prompts of at most so many tokens; 0 is what the seed can read. The model is changed: its upper layers go."""
     router = PromptRouter(loaded.seed, loaded.model, loaded.manifest.expert_names)
     limit = min(length or 2**62, longest_text(loaded))
-    return lambda prompt: router.expert(list(text_request(loaded, prompt, Writing(max_tokens=1), limit).prompt))
+
+    def routed(prompt: str | Messages) -> str:
+        with loaded.seed.place.computing():
+            return router.expert(list(text_request(loaded, prompt, Writing(max_tokens=1), limit).prompt))
+
+    return routed
 
 
 def routing_app(name: str, engine: httpx.AsyncClient, route: Routing, base: str, body: int) -> FastAPI:

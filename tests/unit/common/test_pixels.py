@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from metamoe.common.config import Data
+from metamoe.common.data.decode import look_at, read_picture
 from metamoe.common.data.images import image_dataset, load_images
 from metamoe.common.data.pictures import find_pictures, pictures_at
-from metamoe.common.data.pixels import look_at, read_picture
 from metamoe.common.data.survey import survey
 from metamoe.common.data.tasks import input_batches, pixel_values, samples_of
 from metamoe.common.errors import DataFormatError, InputFileError, MetaMoEError
