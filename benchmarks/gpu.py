@@ -21,7 +21,7 @@ from metamoe.common.compute import Place, optimizer_of
 from metamoe.common.config import Settings
 from metamoe.common.files import write_json
 from metamoe.common.model.batch import TextBatch, packed
-from metamoe.common.model.generation import generate
+from metamoe.common.model.generation import Decoding, Request
 from metamoe.common.model.inputs import encode, prompt_tokens
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.moe import MoELayer
@@ -229,20 +229,27 @@ def _step(llama: Seed, place: Place, shapes: Shapes) -> dict[str, Row]:
 
 
 def _decoding(llama: Seed, place: Place, shapes: Shapes) -> dict[str, Row]:
-    """One prompt, beside what transformers does of itself with the seed alone."""
-    seed, prompt = _held(llama, place), [5] * 32
+    """One prompt, and 32 at once, beside what transformers does of itself with the seed alone."""
+    seed, prompt, rows = _held(llama, place), [5] * 32, dict[str, Row]()
     model = unified_model(seed, 3, 1)
-    ids = torch.tensor([prompt], device=place.device)
+    for count in (1, 32):
+        ids = torch.tensor([prompt] * count, device=place.device)
 
-    def ours() -> Tensor:
-        return torch.tensor([token for token, _ in generate(model, prompt, None, shapes.tokens)])
+        def ours(many: int = count) -> Tensor:
+            decoding = Decoding(model, frozenset())
+            decoding.add({number: Request(prompt, shapes.tokens) for number in range(many)})
+            while len(decoding):
+                decoding.step()
+            return torch.empty(0)
 
-    def stock() -> Tensor:
-        options = {"max_new_tokens": shapes.tokens, "min_new_tokens": shapes.tokens, "do_sample": False, "pad_token_id": 0}
-        return seed.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        def stock(given: Tensor = ids) -> Tensor:
+            options = {"max_new_tokens": shapes.tokens, "min_new_tokens": shapes.tokens, "do_sample": False, "pad_token_id": 0}
+            return seed.model.generate(given, attention_mask=torch.ones_like(given), **options)
 
-    our, theirs = (shapes.tokens / seconds for seconds in _seconds([ours, stock], place, shapes))
-    return {"LLaMA 3B, decoding one prompt": {"ours": our, "peer": theirs, "ratio": our / theirs, "unit": "tokens/s"}}
+        our, theirs = (count * shapes.tokens / seconds for seconds in _seconds([ours, stock], place, shapes))
+        row: Row = {"ours": our, "peer": theirs, "ratio": our / theirs, "unit": "tokens/s"}
+        rows[f"LLaMA 3B, decoding, {count} at once"] = row
+    return rows
 
 
 def _held(seed: Seed, place: Place) -> Seed:

@@ -16,7 +16,7 @@ from metamoe.common.data.pixels import pixel_values
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.artifact import load_model
 from metamoe.common.model.batch import Batch, ImageBatch, TextBatch, packed, text_features
-from metamoe.common.model.generation import generate
+from metamoe.common.model.generation import Decoding, Request
 from metamoe.common.model.inputs import encode, masked_mean
 from metamoe.common.model.lora import expert_of, with_lora
 from metamoe.common.model.moe import MoELayer, UnifiedModel
@@ -174,11 +174,14 @@ def test_generation_step_by_step_is_the_whole_pass(decoder_folder: Path, setting
     experts = [{n: t / 5 for n, t in random_expert(seed, settings, k).items()} for k in range(3)]
     model = UnifiedModel(seed, experts, settings.lora, settings.router, routers).eval().requires_grad_(False)
     with place.computing():
-        made = list(generate(model, [5, 6, 7, 8], None, 5))
+        decoding = Decoding(model, frozenset())
+        made = [decoding.add({0: Request([5, 6, 7, 8], 5)})[0]]
+        while len(decoding):
+            made.append(decoding.step()[0])
     assert len(made) == 5
-    assert made[0][1].dtype == torch.float32
+    assert made[0].routing.dtype == torch.float32
     # What was routed on the prompt holds for all that follows it.
-    assert all(torch.equal(routing, made[1][1]) for _, routing in made[1:])
+    assert all(torch.equal(step.routing, made[1].routing) for step in made[1:])
 
 
 def test_means_are_summed_in_float32() -> None:
