@@ -5,7 +5,7 @@ BIN := .venv/bin
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
 
-.PHONY: demo smollm2 test test-quick faults lint bench containers verifier
+.PHONY: demo smollm2 test test-quick faults lint bench gpu containers verifier
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -25,6 +25,10 @@ faults: .venv/installed  ## processes killed in every stage, and the run resumed
 
 bench: .venv/installed  ## what things cost, as ratios, in bench.json
 	$(BIN)/python -m benchmarks
+
+gpu: .venv/installed  ## on a machine with a GPU, eight minutes and some tests: what it costs there, in gpu.json
+	$(BIN)/pytest -q -m gpu -rs tests/gpu
+	$(BIN)/python -m benchmarks gpu
 
 containers:  ## images built, and a reduced run through a server and three clients in containers, in runs/containers; ENGINE=podman
 	docker/containers.sh

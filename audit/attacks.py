@@ -19,17 +19,18 @@ from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.expert import expert_samples, train_expert
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
-from metamoe.common.compute import derived_seed, threads
+from metamoe.common.compute import ON_CPU, derived_seed, threads
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import label_space, load_private, load_public, no_progress_bars
-from metamoe.common.data.tasks import all_pixels, batches, class_names, input_batches, labels_in
+from metamoe.common.data.image_batches import all_pixels, batches
+from metamoe.common.data.tasks import class_names, features, labels_in
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import read_json
 from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, with_lora
-from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.seed import Seed, seed_at
 from metamoe.common.model.vectors import all_evidence_paths, routing_vectors
 from metamoe.common.presets import load_settings
 from metamoe.common.privacy import expert_mechanism
@@ -92,7 +93,7 @@ def attack(
     names = settings.client_names
     if unknown := [name for name in clients if name not in names]:
         raise InputFileError(f"{run} is a run without a client {unknown[0]!r}; it has {', '.join(names)}")
-    seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    seed, public = seed_at(settings.seed_model, ON_CPU), load_public(settings.data)
     chosen = [(client, name) for client, name in enumerate(names) if name in (clients or names)]
     results = {}
     with threads(settings.compute.server_threads):
@@ -145,7 +146,7 @@ def guessed_error(
     if vectors is None or settings.expert_training.samples != "aligned":
         return None
     model, paths = with_lora(seed, settings.lora, expert), all_evidence_paths(seed, settings.lora, settings.router)
-    own, known = (routing_vectors(model, paths, input_batches(seed, settings.data, data)) for data in (private, proxies))
+    own, known = (routing_vectors(features(seed, model, paths, settings.data, data)) for data in (private, proxies))
     rng = np.random.default_rng(derived_seed(settings.seed, _ATTACK, client))
     guesses = len(private) * 3.0 ** rng.uniform(-1, 1, size=_GUESSES)
     return float(np.median(guess_errors(vectors, known, own, len(proxies) / guesses)))
@@ -176,7 +177,7 @@ def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset
     names = class_names(private)
     texts = text_features(seed, names, settings.data.prompt)
     with torch.inference_mode():
-        logits = class_logits(seed.model, embed(seed.model, all_pixels(seed, [proxies])), texts)
+        logits = class_logits(seed.model, embed(seed.model, all_pixels(seed, [proxies])[:]), texts)
     guessed = np.bincount(logits.argmax(1).numpy(), minlength=len(names))
     true = np.bincount(np.asarray(private["label"]), minlength=len(names))
     flat = true.std() == 0 or guessed.std() == 0

@@ -1,6 +1,8 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, bytes, start, audit, scale.
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, bytes, start, audit, scale. ``gpu`` is
+for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its programme on a CPU at
+reduced shapes.
 """
 
 import json
@@ -8,12 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.audit import audit_cost
 from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.generation import generation_cost
+from benchmarks.gpu import REAL, REDUCED, gpu_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
 from benchmarks.start import start_up
@@ -36,23 +40,42 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
 }
 
 
+def on_gpu(dry: bool) -> int:
+    """The programme for a GPU; without one nothing is measured, unless it is only to be tried."""
+    if not dry and not torch.cuda.is_available():
+        sys.stderr.write("no GPU is here, nothing was measured; 'python -m benchmarks gpu-dry' tries the programme on a CPU\n")
+        return 1
+    device = torch.device("cpu" if dry else "cuda:0")
+    show(gpu_cost(device, REDUCED if dry else REAL, Path("gpu-dry.json" if dry else "gpu.json")))
+    return 0
+
+
+def show(rows: Rows) -> None:
+    """A table of what was measured."""
+    table = Table("what", "ours", "against", "ratio", "unit")
+    for what, row in rows.items():
+        table.add_row(what, f"{row['ours']:,.3f}", f"{row['peer']:,.3f}", f"{row['ratio']:.4f}", str(row["unit"]))
+    Console().print(table)
+
+
 def main(names: list[str]) -> int:
     """Run the parts; all of them without names. Results of other parts stay in bench.json."""
+    if names in (["gpu"], ["gpu-dry"]):
+        return on_gpu(dry=names == ["gpu-dry"])
     if unknown := [name for name in names if name not in PARTS]:
-        sys.stderr.write(f"no benchmark is called {unknown[0]!r}; there are {', '.join(PARTS)}\n")
+        sys.stderr.write(f"no benchmark is called {unknown[0]!r}; there are {', '.join(PARTS)}, and by itself gpu\n")
         return 2
     console, file = Console(), Path("bench.json")
     results: Rows = json.loads(file.read_text()) if names and file.is_file() else {}
-    table = Table("what", "ours", "against", "ratio", "unit")
+    done: Rows = {}
     for name in names or PARTS:
         for label, run in PARTS[name]:
             with console.status(label):
                 rows = run()
             results |= rows
+            done |= rows
             write_json(file, results)
-            for what, row in rows.items():
-                table.add_row(what, f"{row['ours']:,.3f}", f"{row['peer']:,.3f}", f"{row['ratio']:.4f}", str(row["unit"]))
-    console.print(table)
+    show(done)
     return 0
 
 

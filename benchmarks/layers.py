@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from metamoe.common.compute import threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, load_private, load_public
-from metamoe.common.data.tasks import input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
-from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.model.vectors import sample_features
+from metamoe.common.model.seed import Seed, seed_at
 from metamoe.common.presets import load_settings
 
 
@@ -34,9 +33,10 @@ def main(
 ) -> None:
     """Print a table: a row for each layer, a column for each domain."""
     settings = load_settings(preset, [f"data.folder={data_dir}"] if data_dir else [])
-    seed, tests = load_seed(settings.seed_model), evaluation_sets(settings.data)
+    place = place_of(settings.compute, "server")
+    seed, tests = seed_at(settings.seed_model, place), evaluation_sets(settings.data)
     private = {name: load_private(settings, client, "train") for client, name in enumerate(settings.client_names)}
-    with threads(settings.compute.server_threads):
+    with threads(settings.compute.server_threads), place.computing():
         sets = [load_public(settings.data), *private.values(), *tests.values()]
         public, *features = (_features(seed, settings, data) for data in track(sets, "what the seed makes of all samples"))
     means = np.stack([values.mean(axis=0) for values in features[: len(private)]])
@@ -58,8 +58,7 @@ def main(
 
 def _features(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
     """float64 [N, L + 1, d]."""
-    inputs = input_batches(seed, settings.data, data)
-    return torch.cat(list(sample_features(seed.model, seed.ffn_paths, inputs))).double().numpy()
+    return torch.cat(list(features(seed, seed.model, seed.ffn_paths, settings.data, data))).double().numpy()
 
 
 if __name__ == "__main__":

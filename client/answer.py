@@ -17,7 +17,7 @@ from metamoe.client.private import private_samples
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
 from metamoe.common.audit.policy import check_private_samples
-from metamoe.common.compute import device_of, precision_of, threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import known_classes, label_space, load_public, public_fingerprint
 from metamoe.common.data.tasks import class_names
@@ -32,7 +32,7 @@ from metamoe.common.events import EventLog
 from metamoe.common.files import replaced_folder, write_json
 from metamoe.common.model.artifact import UnifiedWeights, routers_from
 from metamoe.common.model.lora import expert_shapes, load_adapter, save_adapter
-from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.seed import Seed, seed_at
 from metamoe.common.privacy import expert_mechanism
 from metamoe.common.wire import Kind, Request, reply_artifacts
 
@@ -48,11 +48,11 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
     settings = request.settings
     if site.client >= settings.clients:
         raise InvalidSettingError(f"this is client {site.client}, but the run has clients = {settings.clients}")
-    seed, device = load_seed(settings.seed_model), device_of(settings.compute.client_device)
+    place = place_of(settings.compute, "client")
+    seed = seed_at(settings.seed_model, place)
     _check_common_ground(request, seed)
     folder = site.state / settings.client_names[site.client]
-    seed.model.to(device)
-    with threads(settings.compute.client_threads), precision_of(settings.compute.precision, device):
+    with threads(settings.compute.client_threads), place.computing():
         match kind:
             case "profile":
                 return _profile(seed, settings, site)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from metamoe.common.compute import place_of
 from metamoe.common.config import Settings
 from metamoe.common.data.metrics import answered, metrics_of
 from metamoe.common.data.tasks import class_names, samples_of
@@ -26,7 +27,7 @@ def store_and_evaluate(
     to ``state/accuracy.json``. Text that is no question is told from the answers of three others.
     """
     manifest = save_model(state / "model", seed, settings, names, classes, weights)
-    model = load_model(state / "model", settings.compute.client_device).model
+    model = load_model(state / "model", place_of(settings.compute, "client")).model
     samples = samples_of(seed, settings.data, [test], class_names(test))
     found = answered(model.scores, samples)
     percent = 100.0 * found.chosen.eq(samples.answers).float().mean().item()

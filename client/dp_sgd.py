@@ -13,7 +13,8 @@ from metamoe.client.expert import validated
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.config import Settings
 from metamoe.common.curve import LOSS, RATE, Progress
-from metamoe.common.data.tasks import all_pixels, labels_in, samples_of
+from metamoe.common.data.image_batches import all_pixels
+from metamoe.common.data.tasks import labels_in, samples_of
 from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
@@ -65,7 +66,8 @@ def train_with_privacy(
     model = with_lora(seed, settings.lora, start)
     observed = GradSampleModule(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    # The noise is drawn where it is added.
+    generator = torch.Generator(seed.model.device).manual_seed(int(rng.integers(2**63)))
     optimizer = DPOptimizer(
         torch.optim.AdamW(parameters, lr=privacy.expert_learning_rate, weight_decay=0.0),
         noise_multiplier=mechanism.noise_multiplier,
@@ -93,13 +95,13 @@ def train_with_privacy(
             with warnings.catch_warnings():
                 # The lowest matrices get inputs that need no gradient: torch warns of it at every step, and it does no harm.
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
-                loss = F.cross_entropy(logits, labels[chosen])
+                loss = F.cross_entropy(logits, labels[chosen].to(logits.device))
                 loss.backward()
             metrics[LOSS] = loss.item()
         else:
             # The noise is added all the same: that nobody was chosen is not to be seen either.
             for parameter in parameters:
-                parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.step()
     progress(mechanism.steps, mechanism.steps, metrics=metrics | (validated(model, held_out) if held_out else {}))
     observed.remove_hooks()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from metamoe.common.checkpoint import Checkpoint
@@ -17,7 +18,8 @@ from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import ExpertTraining, Settings
 from metamoe.common.curve import VALIDATION_ACCURACY, VALIDATION_LOSS, Curve, Progress
 from metamoe.common.data.datasets import fingerprint
-from metamoe.common.data.tasks import Samples, accuracy, in_parts, input_batches, samples_of
+from metamoe.common.data.tasks import Parts, Samples, accuracy, features, in_parts, samples_of
+from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
 from metamoe.common.model.seed import Seed
@@ -76,17 +78,17 @@ def train_expert(
         validate = partial(validated, model, samples_of(seed, settings.data, [validation], space))
     curve = Curve(progress, parameters, validate, training.evaluate_every, training.patience)
     checkpoint = Checkpoint(kept, training.checkpoint_minutes, parameters, optimizer, generator)
+    parts = Parts(settings.compute.micro_batch_size)
+
+    def loss(batch: Batch, _rows: Tensor, share: float) -> Tensor:
+        return share * batch.loss(model, encode(model, batch.inputs))
+
     for step, rows in checkpoint.steps(training.epochs, count, training.batch_size, curve):
         rate = training.learning_rate * _rate(training, steps, step)
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for batch, _, share in in_parts(own, rows, settings.compute.micro_batch_size):
-            loss = share * batch.loss(model, encode(model, batch.inputs))
-            loss.backward()
-            losses.append(loss.detach())
+        taken = parts.backward(own, rows, optimizer, loss)
         optimizer.step()
-        curve.step(torch.stack(losses).sum(), rate)
+        curve.step(taken, rate)
     return rounded(expert_of(model))
 
 
@@ -94,7 +96,7 @@ def train_expert(
 def validated(model: PreTrainedModel, samples: Samples) -> dict[str, float]:
     """Mean loss on samples as in training, ``validation-loss``, and accuracy in percent, ``validation-accuracy``."""
     loss = 0.0
-    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
+    for rows in samples.batches():
         for batch, _, share in in_parts(samples, rows, 0):
             loss += share * len(rows) * batch.loss(model, encode(model, batch.inputs)).item()
     percent = accuracy(lambda batch: batch.scores(model, encode(model, batch.inputs)), samples)
@@ -119,7 +121,7 @@ def expert_key(
         settings.lora.model_dump(),
         training.model_dump(exclude={"checkpoint_minutes", "evaluate_every", "patience"}),
         early,
-        (settings.compute.precision, settings.compute.micro_batch_size),
+        (settings.compute.precision + seed.computed_by, settings.compute.micro_batch_size),
         settings.privacy.model_dump() if settings.privacy.expert != "none" else None,
         settings.data.prompt,
         # What is kept of a text; images have no tokens.
@@ -140,8 +142,8 @@ def expert_routing_vectors(seed: Seed, settings: Settings, expert: Expert, sampl
     """
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     model = with_lora(seed, settings.lora, expert)
-    inputs = chain.from_iterable(input_batches(seed, settings.data, data) for data in samples)
-    return routing_vectors(model, paths, inputs).astype(np.float32)
+    parts = chain.from_iterable(features(seed, model, paths, settings.data, data) for data in samples)
+    return routing_vectors(parts).astype(np.float32)
 
 
 def _rate(training: ExpertTraining, steps: int, step: int) -> float:

@@ -6,9 +6,9 @@ from datasets import Dataset
 
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
-from metamoe.common.data.tasks import input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import all_evidence_paths, sample_features
+from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
@@ -72,4 +72,4 @@ def relevance_classifier(private: np.ndarray, public: np.ndarray) -> np.ndarray:
 
 def _features(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
     paths = all_evidence_paths(seed, settings.lora, settings.router)
-    return torch.cat(list(sample_features(seed.model, paths, input_batches(seed, settings.data, data)))).double().numpy()
+    return torch.cat(list(features(seed, seed.model, paths, settings.data, data))).double().numpy()

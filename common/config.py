@@ -14,9 +14,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Colour = Annotated[str, Field(pattern=r"^(white|black|#[0-9a-fA-F]{6})$")]
 Optimizer = Annotated[Literal["adamw", "sgd"], Field(description="sgd: with momentum 0.9")]
-Device = Annotated[
-    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one, or else the CPU")
-]
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+Device = Annotated[str, Field(pattern=DEVICE, description="auto: a GPU where there is one, or else the CPU")]
+
+Precision = Literal["float32", "bfloat16"]
+Weights = Literal["auto", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -337,13 +339,28 @@ class Compute(Section):
     server_threads: Count = Field(2, description="of torch and BLAS, at the server")
     client_device: Device = "auto"
     server_device: Device = "auto"
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: matrix products in it (autocast), for GPUs; weights, router and sums stay float32"
+    precision: Precision = Field(
+        "float32", description="bfloat16: matrix products in it (autocast), for GPUs; LoRA, router and sums stay float32"
+    )
+    weights: Weights = Field(
+        "auto",
+        description="how the frozen seed is held in memory: auto is as it is stored on a GPU with precision = bfloat16, and "
+        "float32 otherwise",
     )
     micro_batch_size: int = Field(
         0, ge=0, description="samples of a training batch that are computed at a time, gradients added up; 0 is the whole batch"
     )
+    batch_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens of a batch at most, padding counted, where nothing is trained; 0 is 65536 on a GPU, and on a CPU "
+        "256 images or 4 texts",
+    )
     parallel_clients: Count = Field(2, description="clients that a simulation computes at the same time")
+    gpus_per_client: Literal["auto"] | NonNegative = Field(
+        "auto",
+        description="share of a GPU that Ray gives each client of a simulation; auto is the GPUs by the parallel clients",
+    )
     connect_timeout: Positive = Field(120.0, description="seconds to wait until all clients are connected")
     timeout: Positive = Field(3_600.0, description="seconds a stage may take before the missing clients are reported")
     rejoin_timeout: NonNegative = Field(
@@ -433,6 +450,21 @@ class Settings(Section):
             raise ValueError(
                 "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "
                 "covered; set proxies.relevance = fisher"
+            )
+        if self.compute.client_device == "cpu" and self.compute.gpus_per_client not in ("auto", 0):
+            raise ValueError(
+                f"compute.gpus-per-client = {self.compute.gpus_per_client} with compute.client-device = cpu: what a client has "
+                "it should use; set client-device = auto, or gpus-per-client = auto"
+            )
+        if self.compute.weights == "bfloat16" and self.compute.precision == "float32":
+            raise ValueError(
+                "compute.weights = bfloat16 with compute.precision = float32: products of rounded weights are no better than "
+                "they are; set compute.precision = bfloat16, or compute.weights = auto"
+            )
+        if self.privacy.expert == "dp-sgd" and self.compute.precision == "bfloat16":
+            raise ValueError(
+                "privacy.expert = dp-sgd with compute.precision = bfloat16: gradients rounded to 8 bits are not below the norm "
+                "that they are clipped to, on which the guarantee rests; set compute.precision = float32"
             )
         if self.privacy.expert == "dp-sgd" and self.data.is_text:
             raise ValueError(f"privacy.expert = dp-sgd is for images, not for data.source = {self.data.source}")

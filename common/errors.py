@@ -115,6 +115,12 @@ class RunFailedError(MetaMoEError):
     exit_code = 50
 
 
+class NotEnoughMemoryError(MetaMoEError):
+    """A device has not memory for what cannot be made smaller: one sample."""
+
+    exit_code = 51
+
+
 class PolicyError(MetaMoEError):
     """A client's policy does not allow what a run asks for, or what was about to be sent."""
 

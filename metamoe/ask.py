@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from metamoe.common.config import Data
+from metamoe.common.data.image_batches import pixel_values
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.metrics import Metrics, interval, metrics_of
 from metamoe.common.data.pictures import pictures_at
 from metamoe.common.data.questions import read_questions, with_distractors
-from metamoe.common.data.tasks import class_names, pixel_values, samples_of
+from metamoe.common.data.tasks import class_names, samples_of
 from metamoe.common.data.text import chat_ids
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
@@ -63,8 +64,9 @@ def evaluate_on(loaded: Loaded, path: Path) -> Evaluation:
         prompt_tokens=manifest.prompt_tokens,
         answer_tokens=manifest.answer_tokens,
     )
-    asked = samples_of(loaded.seed, data, [samples], class_names(samples))
-    told, by_layer = answers_and_routing(loaded.model, asked)
+    with loaded.seed.place.computing():
+        asked = samples_of(loaded.seed, data, [samples], class_names(samples))
+        told, by_layer = answers_and_routing(loaded.model, asked)
     shares = torch.tensor(by_layer).mean(0).tolist()
     right = int(told.chosen.eq(asked.answers).sum())
     return Evaluation(
@@ -118,7 +120,8 @@ def decisions_on(loaded: Loaded, inputs: Iterable[ImageInput]) -> Iterator[Decis
             asked = prompt_tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
             raise InputFileError(f"this model is one of text; give it prompts, not {given}")
-        _, decisions = loaded.model(asked)
+        with loaded.seed.place.computing():
+            _, decisions = loaded.model(asked)
         pairs = zip(loaded.manifest.expert_names, mean_decision(decisions[-1], asked)[0].tolist(), strict=True)
         yield Decision(given, dict(sorted(pairs, key=lambda pair: -pair[1])))
 

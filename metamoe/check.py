@@ -63,7 +63,9 @@ def _room(settings: Settings, sizes: Sizes) -> Iterator[Finding]:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             yield _bytes(f"{side}'s GPU memory", sizes.training if side == "client" else sizes.weights, free)
-    here = sizes.weights + min(settings.clients, compute.parallel_clients) * sizes.training
+    # What is on a GPU is not here too.
+    each = sizes.training if compute.client_device == "cpu" or not torch.cuda.is_available() else sizes.weights
+    here = sizes.weights + min(settings.clients, compute.parallel_clients) * each
     yield _bytes("memory", here, psutil.virtual_memory().available)
     kept = cache_folder()
     kept.mkdir(parents=True, exist_ok=True)

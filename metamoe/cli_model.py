@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InvalidSettingError
-from metamoe.options import console, json_option, notes, put_json
+from metamoe.options import Device, Precise, Precision, console, json_option, notes, put_json
 
 
 class Task(StrEnum):
@@ -23,16 +23,18 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
     classes: Annotated[Path | None, typer.Option(help="Text file with the class names to choose among, one a line.")] = None,
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
     as_json: Annotated[
         bool,
         json_option("a line an image: image, classes (name, probability), experts (each one's share of tokens)"),
     ] = False,
 ) -> None:
     """Name the most likely classes of images, and show which experts their tokens went to."""
-    from metamoe.common.model.artifact import load_model
+    from metamoe.model import load
     from metamoe.predict import class_texts, predict_images, read_class_names
 
-    loaded = load_model(model)
+    loaded = load(model, device, precision.value).loaded
     names = read_class_names(classes) if classes else loaded.manifest.classes
     for prediction in predict_images(loaded, images, names, class_texts(loaded, names), top):
         if as_json:
@@ -53,6 +55,8 @@ def evaluate(
         typer.Option(help="A folder with a folder of images for each class, a table of them, or a file of questions or text."),
     ],
     task: Annotated[Task | None, typer.Option(help="What the model must be for. (default: what it is for)")] = None,
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
     as_json: Annotated[
         bool,
         json_option("task, percent (accuracy), interval, count (samples), experts (each one's share of tokens), metrics"),
@@ -62,9 +66,9 @@ def evaluate(
     experts were used.
     """
     from metamoe.ask import evaluate_on
-    from metamoe.common.model.artifact import load_model
+    from metamoe.model import load
 
-    loaded = load_model(model)
+    loaded = load(model, device, precision.value).loaded
     own = Task.images if loaded.seed.is_image_model else Task.questions
     if task not in (None, own):
         raise InvalidSettingError(f"--task {task}: {model} is a model for {own}")

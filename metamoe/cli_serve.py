@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metamoe.common.errors import InvalidSettingError
-from metamoe.options import log
+from metamoe.options import Device, Precise, Precision, log
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,7 +28,8 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are refused with 429.")] = 256,
     max_length: Annotated[int, typer.Option(min=0, help="Tokens of a prompt and its answer; 0 is what the seed can read.")] = 0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
 ) -> None:
     """Serve a unified model by the OpenAI API: texts at /v1/completions and /v1/chat/completions, images at /v1/classify,
     metrics at /metrics. Every answer names the experts that were asked and their weights. Ends by Ctrl-C, when requests that
@@ -39,13 +40,14 @@ def serve(
         import prometheus_client  # noqa: F401
     except ImportError as error:
         raise InvalidSettingError("metamoe serve needs the extra serve: pip install 'metamoe-fl[serve]'") from error
-    from metamoe.common.model.artifact import load_model
+    from metamoe.model import load
     from metamoe.serving.app import Limits, serving_app
 
     if not loopback and not token:
         token = secrets.token_urlsafe(32)
         log.info("a token is wanted of every request (METAMOE_TOKEN sets one of your own): %s", token)
-    app = serving_app(load_model(model, device), name, Limits(at_once, queue, max_length, max_body), token, loopback)
+    loaded = load(model, device, precision.value).loaded
+    app = serving_app(loaded, name, Limits(at_once, queue, max_length, max_body), token, loopback)
     _listen(app, host, port, name)
 
 
@@ -59,7 +61,8 @@ def route(
     base: Annotated[str, typer.Option(help="The engine's name for the seed without an adapter.")] = "seed",
     engine_key: Annotated[str, typer.Option(envvar="METAMOE_ENGINE_KEY", help="Token that the engine wants.")] = "",
     max_length: Annotated[int, typer.Option(min=0, help="Tokens of a prompt; 0 is what the seed can read.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
 ) -> None:
     """Stand before an engine that serves LoRA adapters by their names (vLLM, SGLang, LoRAX), and send each prompt to the
     expert that the router chooses. The engine is started by what 'metamoe export MODEL --to adapters' prints. Listens to this
@@ -67,7 +70,7 @@ def route(
     """
     import httpx
 
-    from metamoe.common.model.artifact import load_model
+    from metamoe.model import load
     from metamoe.serving.route import inexact, prompt_routing, routing_app
     from metamoe.writing import check_text
 
@@ -77,7 +80,7 @@ def route(
         raise InvalidSettingError(f"--engine {engine}: {error}") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InvalidSettingError(f"--engine {engine}: give where it listens, such as http://127.0.0.1:8001")
-    loaded = load_model(model, device)
+    loaded = load(model, device, precision.value).loaded
     check_text(loaded)
     if why := inexact(loaded.manifest):
         log.warning("answers differ from the unified model's: %s", why)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InputFileError
-from metamoe.options import json_option, log, put_json
+from metamoe.options import Device, Precise, Precision, json_option, log, put_json
 
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a unified model made from a decoder.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="How many tokens at most.")]
@@ -36,6 +36,8 @@ def generate(
         bool, typer.Option("--truncate", help="Keep the end of a prompt that is too long, in place of refusing it.")
     ] = False,
     at_once: Annotated[int, typer.Option(min=1, help="Prompts that are computed together.")] = 32,
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
     as_json: Annotated[
         bool, json_option("a line a prompt, in their order: prompt, text, experts (each one's mean weight), reason")
     ] = False,
@@ -45,12 +47,11 @@ def generate(
     """
     # Whatever is wrong with the prompts is said before the model is loaded.
     prompts = _prompts(prompt, file, chat)
-    from metamoe.common.model.artifact import load_model
-    from metamoe.model import continuation
+    from metamoe.model import continuation, load
     from metamoe.writing import Piece, Writing, written
 
     how = Writing(max_tokens, temperature, top_p, seed, tuple(stop or ()), truncate)
-    loaded, shown = load_model(model), 0
+    loaded, shown = load(model, device, precision.value).loaded, 0
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for number, piece in written(loaded, prompts, how, at_once):
         pieces[number].append(piece)
@@ -121,16 +122,17 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
 ) -> None:
     """Talk with a unified model, a message a line; an empty line or the end of input ends it. When a talk is longer than the
     seed can read, its beginning is forgotten.
     """
-    from metamoe.common.model.artifact import load_model
-    from metamoe.model import continuation
+    from metamoe.model import continuation, load
     from metamoe.writing import Writing, check_text, written
 
     how = Writing(max_tokens, temperature, top_p, seed, truncate=True)
-    loaded = load_model(model)
+    loaded = load(model, device, precision.value).loaded
     check_text(loaded)
     messages = [{"role": "system", "content": system}] if system else []
     while said := _said():

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
+from metamoe.common.compute import ON_CPU
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.hub import HUB_FAILURES, hub_error
 from metamoe.common.model.artifact import read_weights
 from metamoe.common.model.card import merged_card
 from metamoe.common.model.lora import Expert
-from metamoe.common.model.seed import load_seed, seed_place, share
+from metamoe.common.model.seed import load_seed, seed_at, seed_place, share
 
 SOUP = "soup"
 
@@ -71,7 +72,7 @@ def export_merged(folder: Path, out: Path, expert: str) -> None:
     by_name[SOUP] = weights.experts
     if expert not in by_name:
         raise InvalidSettingError(f"--expert {expert}: there are {', '.join(by_name)}")
-    seed = load_seed(manifest.seed_model)
+    seed = seed_at(manifest.seed_model, ON_CPU)
     model = share(seed.model)
     chosen, scale = by_name[expert], manifest.lora.alpha / manifest.lora.rank
     for name in {matrix.rsplit(".", 2)[0] for matrix in chosen[0]}:

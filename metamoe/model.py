@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 from PIL import Image
 from torch import Tensor
 
 from metamoe.ask import Decision, Evaluation, decisions_on, evaluate_on
+from metamoe.common.compute import device_of, place
+from metamoe.common.config import Precision
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.artifact import Loaded, Manifest, load_model
 from metamoe.predict import ImageInput, Prediction, class_texts, predict_images
@@ -186,19 +188,22 @@ def _writing(max_tokens: int, how: dict[str, Any]) -> Writing:
     return Writing(max_tokens, **how)
 
 
-def load(folder: str | PathLike[str], device: str = "auto") -> Model:
+def load(folder: str | PathLike[str], device: str = "auto", precision: Literal["float32", "bfloat16"] = "float32") -> Model:
     """Load a unified model, after checking every file's hash and the seed's.
 
     Args:
         folder: the model's, such as runs/demo/model.
         device: where it computes: auto, cpu or cuda:N.
+        precision: of matrix products; in bfloat16, a seed that is stored so is held so on a GPU.
 
     Raises:
         ModelFileError: a file is missing, added or changed.
         SeedMismatchError: the seed model here is not the one it was made from.
-        InvalidSettingError: there is no such device.
+        InvalidSettingError: there is no such device, or it does not compute in this precision.
     """
-    return Model(Path(folder).absolute(), load_model(Path(folder), device))
+    if precision not in get_args(Precision):
+        raise InvalidSettingError(f"precision = {precision!r} is none of {', '.join(get_args(Precision))}")
+    return Model(Path(folder).absolute(), load_model(Path(folder), place(device_of(device), precision)))
 
 
 def _at_least_one(name: str, value: int) -> None:

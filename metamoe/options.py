@@ -7,6 +7,7 @@ messages (``log``) go to standard error, and ``--quiet`` leaves them out.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,17 @@ Set = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Where domains and public set lie, a folder each, in place of the hub (data.folder).")
 ]
+
+
+class Precision(StrEnum):
+    """Of matrix products."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Device = Annotated[str, typer.Option(help="Where it computes: auto (a GPU where there is one), cpu or cuda:N.")]
+Precise = Annotated[Precision, typer.Option(help="Of matrix products; bfloat16 is for GPUs.")]
 
 
 class _Lines(logging.Handler):

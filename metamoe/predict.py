@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metamoe.common.data.image_batches import pixel_values
 from metamoe.common.data.pixels import DAMAGED, read_picture, rgb
-from metamoe.common.data.tasks import pixel_values
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.batch import class_logits, text_features
@@ -38,7 +38,8 @@ def class_texts(loaded: Loaded, names: Sequence[str]) -> Tensor:
         raise InputFileError("this model is one of text; ask it with 'metamoe generate'")
     if not names:
         raise InputFileError("there is no class to choose among; give the names of some")
-    return text_features(loaded.seed, names, loaded.manifest.prompt)
+    with loaded.seed.place.computing():
+        return text_features(loaded.seed, names, loaded.manifest.prompt)
 
 
 @torch.inference_mode()
@@ -59,8 +60,10 @@ def predict_images(
     """
     experts = loaded.manifest.expert_names
     for image in images:
-        pooled, decisions = loaded.model(pixel_values(loaded.seed, [read_image(image, loaded.manifest.background)]))
-        probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
+        pixels = pixel_values(loaded.seed, [read_image(image, loaded.manifest.background)])
+        with loaded.seed.place.computing():
+            pooled, decisions = loaded.model(pixels)
+            probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
         shares = torch.bincount(chosen, minlength=len(experts)) / len(chosen)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import tomli_w
@@ -112,6 +113,8 @@ def _type_words(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_words, get_args(annotation)))
     if origin is tuple:
         return f"list of {_type_words(get_args(annotation)[0])}"
     if hasattr(annotation, "__metadata__"):

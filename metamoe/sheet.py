@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from metamoe.common.data.image_batches import pixel_values
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.pictures import Found, Pictures
 from metamoe.common.data.survey import Survey, named_pictures
-from metamoe.common.data.tasks import pixel_values
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.seed import Seed
 

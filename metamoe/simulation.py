@@ -14,7 +14,7 @@ from metamoe.common.files import read_json, write_atomically
 from metamoe.common.presets import load_settings, to_toml
 from metamoe.deploy import flower
 from metamoe.progress import live, show_standing
-from metamoe.simulations.prepare import prepare, prepare_apart
+from metamoe.simulations.prepare import Placement, prepare, prepare_apart
 
 _RUN = (
     "settings.toml",
@@ -61,12 +61,11 @@ def run_simulation(
     if console:
         what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
         console.print(f"{what} -> {folder}", soft_wrap=True)
-    with console.status("preparing data") if console else nullcontext():
-        prepare(settings) if backend is Backend.local else prepare_apart(settings)
+    placement = _prepared(settings, backend, console)
     # Only now, when nothing more can be found wrong at once, does an earlier run go.
     _clear_folder(folder)
     write_atomically(folder / "settings.toml", to_toml(settings))
-    return _run(settings, folder, backend, console)
+    return _run(settings, folder, backend, placement, console)
 
 
 def resume_simulation(folder: Path, console: Console | None = None) -> dict[str, Any]:
@@ -99,17 +98,26 @@ def resume_simulation(folder: Path, console: Console | None = None) -> dict[str,
     if console:
         console.print(f"going on: preset {settings.preset}, {backend} -> {folder}", soft_wrap=True)
         show_standing(folder, settings, console)
+    return _run(settings, folder, backend, _prepared(settings, backend, console), console)
+
+
+def _prepared(settings: Settings, backend: Backend, console: Console | None) -> Placement:
+    """Data made ready, and where the run computes, which is said."""
     with console.status("preparing data") if console else nullcontext():
-        prepare(settings) if backend is Backend.local else prepare_apart(settings)
-    return _run(settings, folder, backend, console)
+        placement = prepare(settings, on_ray=False) if backend is Backend.local else prepare_apart(settings)
+    if console:
+        console.print("; ".join(placement.lines), highlight=False, soft_wrap=True)
+        for warning in placement.warnings:
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return placement
 
 
-def _run(settings: Settings, folder: Path, backend: Backend, console: Console | None) -> dict[str, Any]:
+def _run(settings: Settings, folder: Path, backend: Backend, placement: Placement, console: Console | None) -> dict[str, Any]:
     with live(settings, folder, console) if console else nullcontext() as board:
         # All but the table may be there.
         if not (folder / "server" / "summary.json").is_file():
             try:
-                _stages(settings, folder, backend)
+                _stages(settings, folder, backend, placement)
             except RunFailedError as error:
                 raise RunFailedError(f"{error}\nwhat is done is kept: 'metamoe resume {folder}' goes on with it") from error
         from metamoe.simulations.results import write_results
@@ -117,12 +125,12 @@ def _run(settings: Settings, folder: Path, backend: Backend, console: Console | 
         return write_results(settings, folder, board.evaluation if board else lambda _done, _total: None)
 
 
-def _stages(settings: Settings, folder: Path, backend: Backend) -> None:
+def _stages(settings: Settings, folder: Path, backend: Backend, placement: Placement) -> None:
     # Imported where they are needed: help and a wrong setting answer at once, and a run leaves the memory to its own processes.
     if backend is Backend.ray:
         from metamoe.simulations.flower import run_flower
 
-        run_flower(settings, folder)
+        run_flower(settings, folder, placement=placement)
     else:
         from metamoe.simulations.local import run_local
 

@@ -196,10 +196,12 @@ class Writer:
 
     def advance(self) -> list[tuple[int, Piece]]:
         """One more piece for every request that is computed, and the first for those that join."""
-        steps = self._decoding.step() if len(self._decoding) else {}
-        joining = list(self._waiting)[: self._at_once - len(self._decoding)]
-        if joining:
-            steps |= self._decoding.add({key: self._waiting.pop(key) for key in joining})
+        # Around each step alone: whoever reads on meanwhile computes as before.
+        with self._loaded.seed.place.computing():
+            steps = self._decoding.step() if len(self._decoding) else {}
+            joining = list(self._waiting)[: self._at_once - len(self._decoding)]
+            if joining:
+                steps |= self._decoding.add({key: self._waiting.pop(key) for key in joining})
         pieces = [(key, self._streams[key].piece(step)) for key, step in steps.items()]
         for key, piece in pieces:
             if piece.reason:

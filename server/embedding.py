@@ -11,10 +11,9 @@ from datasets import Dataset
 from filelock import FileLock
 
 from metamoe.common.config import Data
-from metamoe.common.data.tasks import input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.files import cache_folder
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import sample_features
 
 SHARD = 4_096
 """Samples of a shard: what is lost at most when an embedding is stopped."""
@@ -52,6 +51,7 @@ def public_features(
     made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"
     if not seed.is_image_model:
         made_by += f" {data.prompt_tokens}"
+    made_by += seed.computed_by
     file = cache_folder() / "embeddings" / f"{hashlib.sha256(made_by.encode()).hexdigest()[:32]}.f32"
     partial_file, log = file.with_suffix(".partial"), file.with_suffix(".shards")
     shape = (len(public), len(paths) + 1, seed.width)
@@ -64,12 +64,12 @@ def public_features(
                 log.unlink(missing_ok=True)
             done = {int(line) for line in log.read_text().split()} if log.is_file() else set()
             missing = [rows for rows in shards(len(public)) if rows.start not in done]
-            features = np.memmap(partial_file, np.float32, "r+" if done else "w+", shape=shape)
+            written = np.memmap(partial_file, np.float32, "r+" if done else "w+", shape=shape)
             counted = len(public) - sum(map(len, missing))
             progress(counted, len(public))
             for rows, values in (compute or partial(_here, seed, data, paths, public))(missing):
-                features[rows.start : rows.stop] = values
-                features.flush()
+                written[rows.start : rows.stop] = values
+                written.flush()
                 # Only now: a shard that is on record is on disk.
                 with log.open("a") as stream:
                     stream.write(f"{rows.start}\n")
@@ -77,7 +77,7 @@ def public_features(
                     os.fsync(stream.fileno())
                 counted += len(rows)
                 progress(counted, len(public))
-            del features
+            del written
             partial_file.replace(file)
             log.unlink()
     return np.memmap(file, np.float32, "r", shape=shape)
@@ -91,11 +91,11 @@ def shards(count: int) -> list[range]:
 def embed_shard(seed: Seed, data: Data, paths: list[str], public: Dataset, rows: range) -> np.ndarray:
     """Features of some rows of the public set. float32 [len(rows), len(paths) + 1, d]."""
     # Filled, not collected: small results kept between large temporaries would hold the heap open.
-    features, done = np.empty((len(rows), len(paths) + 1, seed.width), dtype=np.float32), 0
-    for part in sample_features(seed.model, paths, input_batches(seed, data, public.select(rows))):
-        features[done : done + len(part)] = part.numpy()
+    found, done = np.empty((len(rows), len(paths) + 1, seed.width), dtype=np.float32), 0
+    for part in features(seed, seed.model, paths, data, public.select(rows)):
+        found[done : done + len(part)] = part.numpy()
         done += len(part)
-    return features
+    return found
 
 
 def _here(

@@ -12,14 +12,14 @@ from metamoe.common.arrays import arrays_hash
 from metamoe.common.audit.entries import settings_hash
 from metamoe.common.audit.keys import audit_key
 from metamoe.common.audit.ledger import Ledger
-from metamoe.common.compute import device_of, precision_of, threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import check_domains, known_classes, load_public, public_fingerprint
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
 from metamoe.common.files import alone, disk_errors, write_json
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
-from metamoe.common.model.seed import load_seed
+from metamoe.common.model.seed import seed_at
 from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.server.embedding import public_features
 from metamoe.server.exchange import Ask, Exchange
@@ -50,20 +50,19 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
     summary = out / "server" / "summary.json"
     names = settings.client_names
     check_domains(settings.data)
-    device = device_of(settings.compute.server_device)
+    place = place_of(settings.compute, "server")
     with (
         disk_errors(out),
         alone(out / "server"),
         threads(settings.compute.server_threads),
-        precision_of(settings.compute.precision, device),
+        place.computing(),
     ):
         if summary.is_file():
             return
         begun = clocks()
         events = EventLog(out / "events.jsonl")
-        seed, public = load_seed(settings.seed_model), load_public(settings.data)
+        seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
         check_seed(seed, settings.data)
-        seed.model.to(device)
         public_hash = public_fingerprint(settings.data)
         about = {"settings": settings_hash(settings), "seed": seed.fingerprint, "public": public_hash}
         state = RunState(out, settings, seed, about)

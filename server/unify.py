@@ -13,9 +13,10 @@ from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import Curve, Progress
 from metamoe.common.data.datasets import label_space
-from metamoe.common.data.tasks import class_names, in_parts, input_batches, samples_of
+from metamoe.common.data.tasks import Parts, class_names, features, samples_of
 from metamoe.common.fisher import shrunk_covariance
 from metamoe.common.model.artifact import UnifiedWeights
+from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import Tokens
 from metamoe.common.model.lora import Expert, rounded, with_lora
 from metamoe.common.model.moe import UnifiedModel
@@ -86,7 +87,7 @@ def _proxy_vectors(seed: Seed, settings: Settings, expert: Expert, proxies: Data
     share = _EFFECTIVE_SHARE if settings.router.proxy_weights == "relevance" else 1.0
     paths = all_evidence_paths(seed, settings.lora, settings.router)
     model = with_lora(seed, settings.lora, expert)
-    return routing_vectors(model, paths, input_batches(seed, settings.data, proxies), tempered_weights(scores, share))
+    return routing_vectors(features(seed, model, paths, settings.data, proxies), tempered_weights(scores, share))
 
 
 def router_samples(settings: Settings, public: Dataset, proxies: Sequence[Dataset]) -> list[Dataset]:
@@ -155,11 +156,10 @@ def train_router(
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, _STAGE, 1))
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     checkpoint = Checkpoint(kept, settings.expert_training.checkpoint_minutes, trained, optimizer, generator)
-    curve = Curve(progress)
+    parts, curve = Parts(settings.compute.micro_batch_size), Curve(progress)
     for _, rows in checkpoint.steps(training.epochs, len(owners), training.batch_size, curve):
-        optimizer.zero_grad(set_to_none=True)
-        taken = []
-        for batch, part, share in in_parts(own, rows, settings.compute.micro_batch_size):
+
+        def loss(batch: Batch, part: Tensor, share: float, count: int = len(rows)) -> Tensor:
             encoded, decisions = model(batch.inputs)
             losses = []
             if training.supervision in ("task", "both"):
@@ -168,12 +168,12 @@ def train_router(
                 clients = owners[part].to(encoded.device)
                 mask = batch.inputs.prompt.to(encoded.device) if isinstance(batch.inputs, Tokens) else None
                 found = torch.stack([provenance_loss(decision, clients, mask) for decision in decisions]).mean()
-                losses.append(len(part) / len(rows) * found)
-            loss = torch.stack(losses).sum()
-            loss.backward()
-            taken.append(loss.detach())
+                losses.append(len(part) / count * found)
+            return torch.stack(losses).sum()
+
+        taken = parts.backward(own, rows, optimizer, loss)
         optimizer.step()
-        curve.step(torch.stack(taken).sum(), training.learning_rate)
+        curve.step(taken, training.learning_rate)
         for router in model.routers:
             router.clamp_context()
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from metamoe.common.compute import threads
+from metamoe.common.compute import Place, place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
-from metamoe.common.model.seed import load_seed
+from metamoe.common.model.seed import load_seed, seed_at
 from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.server.embedding import embed_shard, public_features
 
@@ -34,21 +34,26 @@ def embed_public(settings: Settings, address: str | None, progress: Callable[[in
         RunFailedError: the cluster cannot be reached.
         SeedMismatchError, PublicDataMismatchError: a machine of the cluster has others.
     """
-    seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    place = place_of(settings.compute, "server")
+    seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
     paths = all_evidence_paths(seed, settings.lora, settings.router)
-    compute = None if address is None else partial(_on_ray, settings, paths, address)
-    with threads(settings.compute.server_threads):
+    compute = None if address is None else partial(_on_ray, settings, place, paths, address)
+    with threads(settings.compute.server_threads), place.computing():
         found = public_features(seed, settings.data, paths, public, public_fingerprint(settings.data), progress, compute)
     return Path(str(found.filename))
 
 
-def _on_ray(settings: Settings, paths: list[str], address: str, missing: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+def _on_ray(
+    settings: Settings, place: Place, paths: list[str], address: str, missing: Sequence[range]
+) -> Iterator[tuple[range, np.ndarray]]:
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunFailedError(f"--ray-address {address}: the cluster cannot be reached: {error}") from error
     try:
-        task = ray.remote(num_cpus=settings.compute.server_threads, max_retries=2)(_shard)
+        # A task without a share of a GPU sees none, and would compute on the CPU without a word.
+        gpus = int(place.device.type == "cuda")
+        task = ray.remote(num_cpus=settings.compute.server_threads, num_gpus=gpus, max_retries=2)(_shard)
         seed, public = load_seed(settings.seed_model).fingerprint, load_public(settings.data)
         text = settings.model_dump_json()
         todo, running = list(missing), dict[ray.ObjectRef, range]()
@@ -71,12 +76,13 @@ def _on_ray(settings: Settings, paths: list[str], address: str, missing: Sequenc
 def _shard(text: str, paths: list[str], rows: range, seed_fingerprint: str, ends: str) -> np.ndarray:
     """One shard on a machine of the cluster, which must hold the same seed and public set."""
     settings = Settings.model_validate_json(text)
-    seed, public = load_seed(settings.seed_model), load_public(settings.data)
+    place = place_of(settings.compute, "server")
+    seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
     if seed.fingerprint != seed_fingerprint:
         raise SeedMismatchError(f"the seed model here is {seed.fingerprint[:12]}, the driver's {seed_fingerprint[:12]}")
     if len(public) <= rows[-1] or fingerprint(public.select(_ends(rows))) != ends:
         raise PublicDataMismatchError(f"rows {rows.start} to {rows[-1]} of the public set are not the driver's on this machine")
-    with threads(settings.compute.server_threads):
+    with threads(settings.compute.server_threads), place.computing():
         return embed_shard(seed, settings.data, paths, public, rows)
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metamoe.common import config
+from metamoe.common.compute import Place
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import evaluation_sets, held_out_public
-from metamoe.common.data.metrics import Answered, joined, said
+from metamoe.common.data.metrics import Answered, answered
 from metamoe.common.data.tasks import Samples, class_names, samples_of
 from metamoe.common.model.batch import Batch, Scores
 from metamoe.common.model.inputs import Inputs, Tokens, encode, masked_mean
 from metamoe.common.model.lora import Expert
 from metamoe.common.model.moe import UnifiedModel
-from metamoe.common.model.seed import load_seed
+from metamoe.common.model.seed import seed_at
 
 PUBLIC = "public"
 
@@ -33,13 +34,13 @@ class EvaluationSet:
 
 
 @lru_cache(maxsize=1)
-def test_sets(seed_model: str, data: config.Data) -> list[EvaluationSet]:
+def test_sets(seed_model: str, place: Place, data: config.Data) -> list[EvaluationSet]:
     """Every test set of a run, and last the held-out public samples.
 
     Each image is named among its own domain's classes, the public ones among all public classes; of each question one of its
     choices is right, of a held-out instruction its own output among three others.
     """
-    seed = load_seed(seed_model)
+    seed = seed_at(seed_model, place)
     sets: dict[str, Dataset] = {**evaluation_sets(data), PUBLIC: held_out_public(data)}
     tests = []
     for name, samples in sets.items():
@@ -53,16 +54,28 @@ def answers_and_routing(model: UnifiedModel, samples: Samples) -> tuple[Answered
     """What a unified model says to samples and, from the same pass, the share of all tokens, of text those of prompts, whose
     most likely expert is each of the K, for each layer that decides. [G][K].
     """
-    counts, parts = torch.zeros(1), []
-    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
-        batch = samples.asked(rows)
+    counts: list[Tensor] = []
+
+    def scores(batch: Batch) -> Tensor:
         encoded, decisions = model(batch.inputs)
-        parts.append(said(batch.scores(model.backbone, encoded), samples.answers[rows]))
-        mask = batch.inputs.prompt if isinstance(batch.inputs, Tokens) else torch.ones(decisions[0].shape[:2], dtype=torch.bool)
-        best = (decision.argmax(-1).cpu().expand(mask.shape)[mask] for decision in decisions)
-        counts = counts + torch.stack([torch.bincount(one, minlength=decisions[0].shape[-1]) for one in best])
-    shares = counts / counts.sum(dim=1, keepdim=True)
-    return joined(parts), [[round(share, 4) for share in row] for row in shares.tolist()]
+        found = batch.scores(model.backbone, encoded)
+        # Last: a batch that does not fit is tried again in parts, and counts once.
+        counts.append(torch.stack([_most_likely(decision, batch.inputs) for decision in decisions]))
+        return found
+
+    told = answered(scores, samples)
+    total = torch.stack(counts).sum(0).cpu()
+    shares = total / total.sum(dim=1, keepdim=True)
+    return told, [[round(share, 4) for share in row] for row in shares.tolist()]
+
+
+def _most_likely(decision: Tensor, inputs: Inputs) -> Tensor:
+    """Of how many tokens, of text those of prompts, each expert is the most likely by log pi [B, T, K]. int64 [K]."""
+    best = decision.argmax(-1, keepdim=True) == torch.arange(decision.shape[-1], device=decision.device)
+    if not isinstance(inputs, Tokens):
+        return best.sum(dim=(0, 1))
+    mask = inputs.prompt.to(decision.device).unsqueeze(-1)
+    return (best & mask).sum(dim=(0, 1))
 
 
 def dense(model: PreTrainedModel) -> Scores:
@@ -88,7 +101,8 @@ def routed_ensemble(members: Sequence[Scores], decide: Callable[[Batch], Tensor]
     def scores(batch: Batch) -> Tensor:
         weights, chosen = decide(batch).topk(top_k, dim=1)
         gates = torch.zeros(len(weights), len(members)).scatter(1, chosen, weights / weights.sum(dim=1, keepdim=True))
-        return torch.stack([gates[:, k, None] * members[k](batch).softmax(1) for k in gates.any(0).nonzero().flatten()]).sum(0)
+        answers = {k: members[k](batch).softmax(1) for k in gates.any(0).nonzero().flatten().tolist()}
+        return torch.stack([gates[:, k, None].to(answer.device) * answer for k, answer in answers.items()]).sum(0)
 
     return scores
 

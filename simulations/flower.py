@@ -6,11 +6,12 @@ from pathlib import Path
 
 from metamoe.common.config import Settings
 from metamoe.deploy import flower
+from metamoe.simulations.prepare import Placement
 
 _CONNECTION = "simulation"
 
 
-def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_APP) -> None:
+def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_APP, placement: Placement | None = None) -> None:
     """Run the federation on Ray through Flower; logs and Flower's own files go to ``out/flower``.
 
     The server reads its settings from ``out/settings.toml``, which must be there.
@@ -19,6 +20,7 @@ def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_AP
         settings: of the run.
         out: the run folder, absolute.
         client_app: where the clients' app is, as module:attribute.
+        placement: what share of which GPUs each client gets; None for none.
 
     Raises:
         MetaMoEError: what stopped the server's side, of the kind it had there.
@@ -32,6 +34,9 @@ def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_AP
             f"num-supernodes={settings.clients} client-resources-num-cpus=1 "
             f"init-args-num-cpus={settings.compute.parallel_clients}"
         )
+        if placement is not None and placement.share:
+            # Ray hides every GPU from an actor without a share.
+            size += f" client-resources-num-gpus={placement.share} init-args-num-gpus={placement.cards}"
         flower.run(home, _CONNECTION, out, "--federation-config", size, client_app=client_app)
 
 

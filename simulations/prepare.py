@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, field
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError, MetaMoEError, RunFailedError, by_code
@@ -10,17 +11,40 @@ from metamoe.common.errors import InvalidSettingError, MetaMoEError, RunFailedEr
 _APART = (sys.executable, "-P", "-m", "metamoe.simulations.prepare")
 
 
-def prepare(settings: Settings) -> None:
-    """Make or open every data set of a run once, so that its processes find them in the cache.
+@dataclass(frozen=True)
+class Placement:
+    """Where a simulation computes.
+
+    Attributes:
+        cards: GPUs that torch sees.
+        share: of a GPU, of each client on Ray; 0 for none, and then Ray hides them all from it.
+        lines: where each side computes, in words.
+        warnings: what of the machine is left unused.
+    """
+
+    cards: int = 0
+    share: float = 0.0
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(settings: Settings, on_ray: bool) -> Placement:
+    """Make or open every data set of a run once, so that its processes find them in the cache, and see where it will compute.
+
+    Args:
+        settings: of the run.
+        on_ray: whether clients are Ray's actors; else all is in one process.
 
     Raises:
-        InvalidSettingError: a domain does not exist.
+        InvalidSettingError: a domain or a device does not exist.
         EmptyPartitionError: a client would have no data.
     """
     from metamoe.common.data.datasets import check_domains, load_domain, load_private, load_public
+    from metamoe.simulations.placement import placement_of
 
     if settings.data.private == "own":
         raise InvalidSettingError("data.private = own is for clients beside their data: metamoe deploy run")
+    placement = placement_of(settings, on_ray)
     check_domains(settings.data)
     for split in ("train", "test"):
         load_public(settings.data, split)
@@ -28,10 +52,11 @@ def prepare(settings: Settings) -> None:
         load_private(settings, client, "train")
     for domain in settings.data.domains:
         load_domain(settings.data, domain, "test")
+    return placement
 
 
-def prepare_apart(settings: Settings) -> None:
-    """The same in a process of its own, whose memory a run's processes get.
+def prepare_apart(settings: Settings) -> Placement:
+    """The same for a run on Ray, in a process of its own, whose memory the run's processes get.
 
     It is not one of multiprocessing's, which would import a caller's script again.
 
@@ -42,21 +67,22 @@ def prepare_apart(settings: Settings) -> None:
     done = subprocess.run(
         _APART, input=settings.model_dump_json(), stdout=subprocess.PIPE, text=True, start_new_session=True, check=False
     )
-    if done.returncode == 0:
-        return
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         raise RunFailedError(f"the process that prepares the data ended with {done.returncode}; it said why above") from None
-    raise by_code(found["code"])(found["message"])
+    if done.returncode:
+        raise by_code(found["code"])(found["message"])
+    return Placement(**found)
 
 
 def _main() -> None:
     try:
-        prepare(Settings.model_validate_json(sys.stdin.read()))
+        found = asdict(prepare(Settings.model_validate_json(sys.stdin.read()), on_ray=True))
     except MetaMoEError as error:
         sys.stdout.write(f"\n{json.dumps({'code': error.exit_code, 'message': str(error)})}\n")
         sys.exit(error.exit_code)
+    sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from metamoe.common.compute import threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Metric, Settings
 from metamoe.common.data.metrics import Metrics, answered, metrics_of
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.model.artifact import load_model, write_card
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
-from metamoe.common.model.seed import load_seed
 from metamoe.simulations.benchmark.tables import table
 from metamoe.simulations.evaluate import PUBLIC, answers_and_routing, dense, test_sets
 
@@ -51,10 +50,9 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     Returns:
         The contents of results.json.
     """
-    seed = load_seed(settings.seed_model)
     summary = json.loads((out / "server" / "summary.json").read_text())
-    loaded = load_model(out / "model", settings.compute.server_device)
-    unified = loaded.model
+    loaded = load_model(out / "model", place_of(settings.compute, "server"))
+    seed, unified = loaded.seed, loaded.model
     methods: dict[str, Scores] = {ZERO_SHOT: dense(seed.model)}
     for name in loaded.manifest.experts:
         expert = load_adapter(out / "server" / "experts" / name)
@@ -64,8 +62,8 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     accuracies: dict[str, dict[str, float]] = {method: {} for method in methods}
     metrics: dict[str, dict[str, Metrics]] = {method: {} for method in methods}
     routing: dict[str, dict[str, float]] = {}
-    with threads(settings.compute.server_threads):
-        sets = test_sets(settings.seed_model, settings.data)
+    with threads(settings.compute.server_threads), loaded.seed.place.computing():
+        sets = test_sets(settings.seed_model, loaded.seed.place, settings.data)
         pairs = list(product(sets, methods))
         for done, (test, method) in enumerate(pairs):
             progress(done, len(pairs))

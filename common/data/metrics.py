@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metamoe.common.batching import Fitting
 from metamoe.common.data.tasks import Samples
 from metamoe.common.model.batch import Scores
 
@@ -54,10 +55,16 @@ class Metrics:
 @torch.inference_mode()
 def answered(scores: Scores, samples: Samples) -> Answered:
     """What scores say to every sample."""
-    parts = []
-    for rows in torch.arange(len(samples.answers)).split(samples.at_once):
-        parts.append(said(scores(samples.asked(rows)), samples.answers[rows]))
-    return joined(parts)
+    fitting = Fitting(samples.cost)
+
+    def told(rows: Tensor) -> Answered:
+        return said(scores(samples.asked(rows)), samples.answers[rows])
+
+    pairs = [pair for rows in samples.batches() for pair in fitting(told, rows)]
+    # Batches may be in any order.
+    order = torch.cat([rows for rows, _ in pairs]).argsort()
+    whole = joined([part for _, part in pairs])
+    return Answered(whole.chosen[order], whole.confidence[order], whole.likelihood[order])
 
 
 def said(scores: Tensor, answers: Tensor) -> Answered:

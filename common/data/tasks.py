@@ -1,26 +1,29 @@
 """What "train" and "score" mean: images against the text features of class names, and questions with several choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from metamoe.common import config
-from metamoe.common.data.text import Question, prompt_batches, tokenised
+from metamoe.common.batching import Fitting, by_tokens, fits
+from metamoe.common.data.image_batches import BATCH, Pixels, all_pixels, batches
+from metamoe.common.data.text import AT_ONCE, Question, prompts, tokenised
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.batch import Batch, ImageBatch, Scores, TextBatch, packed, text_features
 from metamoe.common.model.inputs import Inputs
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import batch_features
 
 # Loading it takes half a second, which who asks a model about a file need not wait for.
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH = 256
+_WINDOW = 4_096
 
 
 class Samples(Protocol):
@@ -28,15 +31,19 @@ class Samples(Protocol):
 
     Attributes:
         answers: int64 [N], the right class or choice of each.
-        at_once: how many of them are well computed together.
         answer_tokens: int64 [N], tokens of each right answer; None where answers are classes.
     """
 
     @property
     def answers(self) -> Tensor: ...
 
-    @property
-    def at_once(self) -> int: ...
+    def batches(self) -> list[Tensor]:
+        """Their rows in batches that are well computed together where the seed computes, in any order."""
+        ...
+
+    def cost(self, rows: Tensor) -> int:
+        """What memory they take, in any measure that grows with it."""
+        ...
 
     @property
     def answer_tokens(self) -> Tensor | None: ...
@@ -52,13 +59,19 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """Images [N, 3, H, W] told apart by unit text features of class names [C, p]."""
+    """Images [N, 3, H, W] told apart by unit text features of class names [C, p], ``at_once`` at a time."""
 
-    pixels: Tensor
+    pixels: Pixels | Tensor
     answers: Tensor
     texts: Tensor
-    at_once: int = _BATCH
+    at_once: int = BATCH
     answer_tokens: None = None
+
+    def batches(self) -> list[Tensor]:
+        return list(torch.arange(len(self.answers)).split(self.at_once))
+
+    def cost(self, rows: Tensor) -> int:
+        return len(rows)
 
     def taught(self, rows: Tensor) -> ImageBatch:
         return ImageBatch(self.pixels[rows], self.answers[rows], self.texts)
@@ -68,12 +81,24 @@ class ImageSamples:
 
 @dataclass(frozen=True)
 class TextSamples:
-    """Questions as tokens, and the token that ends a text."""
+    """Questions as tokens, the token that ends a text, and the tokens of a batch: None for a few questions in their order."""
 
     questions: Sequence[Question]
     end: int
-    # Few, as all are padded to the longest.
-    at_once: int = 4
+    tokens_at_once: int | None = None
+
+    def batches(self) -> list[Tensor]:
+        if self.tokens_at_once:
+            return by_tokens(self._lengths, self.tokens_at_once)
+        return list(torch.arange(len(self.questions)).split(AT_ONCE))
+
+    def cost(self, rows: Tensor) -> int:
+        return _padded(self._lengths, rows)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        """Of each with all of its choices."""
+        return torch.tensor([len(q.prompt) + sum(len(choice) - 1 for choice in q.choices) for q in self.questions])
 
     @cached_property
     def answers(self) -> Tensor:
@@ -108,18 +133,64 @@ def samples_of(seed: Seed, data: config.Data, datasets: Sequence["Dataset"], spa
     """
     check_seed(seed, data)
     if seed.is_image_model:
-        pixels = all_pixels(seed, datasets, data.workers)
-        return ImageSamples(
-            pixels, torch.cat([labels_in(part, space) for part in datasets]), text_features(seed, space, data.prompt)
-        )
+        pixels, labels = all_pixels(seed, datasets, data.workers), torch.cat([labels_in(part, space) for part in datasets])
+        return ImageSamples(pixels, labels, text_features(seed, space, data.prompt), _images_at_once(seed))
     questions = [question for part in datasets for question in tokenised(seed.tokenizer, data, part)]
-    return TextSamples(questions, seed.tokenizer.eos_token_id)
+    return TextSamples(questions, seed.tokenizer.eos_token_id, seed.place.tokens_at_once)
+
+
+def _images_at_once(seed: Seed) -> int:
+    """Images of a batch; of an image there is a token for each patch, and one for the whole."""
+    vision, most = seed.model.config.vision_config, seed.place.tokens_at_once
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    return max(1, most // tokens) if most else BATCH
+
+
+class Parts:
+    """A training batch in parts of at most ``size`` samples (0: as a whole), and in smaller ones from then on where the device
+    has not memory for them: the parts' gradients, weighted by their share of the loss, add up to the batch's.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def backward(
+        self,
+        samples: Samples,
+        rows: Tensor,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Batch, Tensor, float], Tensor],
+    ) -> Tensor:
+        """Set the gradients of one step, and give its loss, a scalar.
+
+        Args:
+            samples, rows: the batch.
+            optimizer: of what is trained; its gradients are cleared first.
+            loss: of a part, its rows, and its share of the batch's loss.
+
+        Raises:
+            NotEnoughMemoryError: one sample alone does not fit.
+        """
+
+        taken: list[Tensor] = []
+
+        def step(size: int) -> None:
+            taken.clear()
+            optimizer.zero_grad(set_to_none=True)
+            for batch, part, share in in_parts(samples, rows, size):
+                found = loss(batch, part, share)
+                found.backward()
+                taken.append(found.detach())
+
+        # What failed on the way has left a part of the gradients: the whole step is taken again.
+        size = min(self._size or len(rows), len(rows))
+        while not fits(step, size):
+            size = self._size = -(-size // 2)
+        return torch.stack(taken).sum()
 
 
 def in_parts(samples: Samples, rows: Tensor, size: int) -> list[tuple[Batch, Tensor, float]]:
-    """A training batch in parts of at most ``size`` samples (0: as a whole), each with its rows and its share of the loss: the
-    parts' gradients, weighted so, add up to the batch's.
-    """
+    """A training batch in parts of at most ``size`` samples (0: as a whole), each with its rows and its share of the loss."""
     parts = [(samples.taught(some), some) for some in rows.split(size or len(rows))]
     total = sum(batch.count for batch, _ in parts)
     return [(batch, some, batch.count / total) for batch, some in parts]
@@ -136,42 +207,41 @@ def check_seed(seed: Seed, data: config.Data) -> None:
         raise InvalidSettingError(f"seed-model = {seed.reference!r} is {kind}; it does not go with data.source = {data.source}")
 
 
-def input_batches(seed: Seed, data: config.Data, dataset: "Dataset") -> Iterator[Inputs]:
-    """What the seed sees of a data set, in order: images, or prompts without any choice's continuation."""
-    if seed.is_image_model:
-        return batches(seed, dataset, workers=data.workers)
-    return prompt_batches(tokenised(seed.tokenizer, data, dataset))
+def features(seed: Seed, model: PreTrainedModel, paths: list[str], data: config.Data, dataset: "Dataset") -> Iterator[Tensor]:
+    """What :func:`metamoe.common.model.vectors.sample_features` says of every sample of a data set, in their order: of images,
+    or of prompts without any choice's continuation.
 
-
-def pixel_values(seed: Seed, images: Sequence[object]) -> Tensor:
-    """PIL images as the seed's input. float32 [B, 3, H, W]."""
-    return seed.processor(images=list(images), return_tensors="pt")["pixel_values"]
-
-
-def batches(seed: Seed, dataset: "Dataset", size: int = _BATCH, workers: int = 0) -> Iterator[Tensor]:
-    """A data set's images in order, ``size`` at a time, decoded ahead of their use by ``workers`` processes; by none, here.
-    float32 [<= size, 3, H, W].
+    Args:
+        seed: says what a model takes, and where it computes.
+        model: the seed, or an expert.
+        paths: sublayers whose mean inputs are wanted beside the embedding.
+        data: settings of the data.
+        dataset: the data set.
     """
-    # Its own generator: a loader draws from it, and the run's random numbers must not depend on that.
-    own = torch.Generator()
-    return iter(DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_collated, seed), generator=own))
+
+    def found(inputs: Callable[[Tensor], Inputs], rows: Tensor) -> Tensor:
+        return batch_features(model, paths, inputs(rows))
+
+    if seed.is_image_model:
+        fitting = Fitting()
+        for pixels in batches(seed, dataset, _images_at_once(seed), data.workers):
+            parts = fitting(partial(found, pixels.__getitem__), torch.arange(len(pixels)))
+            yield from (part for _, part in parts)
+        return
+    questions = tokenised(seed.tokenizer, data, dataset)
+    lengths = torch.tensor([len(question.prompt) for question in questions])
+    fitting, most = Fitting(partial(_padded, lengths)), seed.place.tokens_at_once
+    # Sorted within a window: what is computed in another order waits in memory for its turn.
+    for window in torch.arange(len(questions)).split(_WINDOW if most else AT_ONCE):
+        order = [window[rows] for rows in by_tokens(lengths[window], most)] if most else [window]
+        pairs = [pair for rows in order for pair in fitting(partial(found, partial(prompts, questions)), rows)]
+        computed = torch.cat([rows for rows, _ in pairs])
+        yield torch.cat([part for _, part in pairs])[computed.argsort()]
 
 
-def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
-    return pixel_values(seed, [row["image"] for row in rows])
-
-
-def all_pixels(seed: Seed, datasets: Sequence["Dataset"], workers: int = 0) -> Tensor:
-    """All images of small data sets one after the other, decoded once. float32 [N, 3, H, W]."""
-    vision = seed.model.config.vision_config
-    pixels = torch.empty(sum(map(len, datasets)), vision.num_channels, vision.image_size, vision.image_size)
-    # Filled, not joined, which would need them twice.
-    done = 0
-    for dataset in datasets:
-        for batch in batches(seed, dataset, workers=workers):
-            pixels[done : done + len(batch)] = batch
-            done += len(batch)
-    return pixels
+def _padded(lengths: Tensor, rows: Tensor) -> int:
+    """Tokens of a batch of these rows, with their padding."""
+    return len(rows) * int(lengths[rows].max())
 
 
 def class_names(dataset: "Dataset") -> list[str]:
@@ -189,10 +259,13 @@ def labels_in(dataset: "Dataset", space: Sequence[str]) -> Tensor:
 @torch.inference_mode()
 def predictions(scores: Scores, samples: Samples) -> Tensor:
     """Best class or choice of every sample. int64 [N]."""
-    rows = torch.arange(len(samples.answers)).split(samples.at_once)
-    return torch.cat([scores(samples.asked(some)).argmax(1).cpu() for some in rows])
+    fitting = Fitting(samples.cost)
+    pairs = [pair for rows in samples.batches() for pair in fitting(lambda some: scores(samples.asked(some)).argmax(1), rows)]
+    # Once for all: until here nobody waits for the device.
+    best = torch.cat([part for _, part in pairs]).cpu()
+    return best[torch.cat([rows for rows, _ in pairs]).argsort()]
 
 
 def accuracy(scores: Scores, samples: Samples) -> float:
     """Share of samples whose best class or choice is the right one, in percent."""
-    return 100.0 * predictions(scores, samples).eq(samples.answers).float().mean().item()
+    return 100.0 * int(predictions(scores, samples).eq(samples.answers).sum()) / len(samples.answers)

@@ -1,11 +1,12 @@
 """Questions as tokens: a prompt, and its choices."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from metamoe.common import config
 from metamoe.common.errors import DataFormatError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Few, as all are padded to the longest.
-_BATCH = 4
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,10 @@ def chat_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
     return ids
 
 
-def prompt_batches(questions: Sequence[Question]) -> Iterator[Tokens]:
-    """The prompts alone, in order, padded on the right."""
-    for start in range(0, len(questions), _BATCH):
-        prompts = [question.prompt for question in questions[start : start + _BATCH]]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        real = torch.arange(longest) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
-        yield prompt_tokens(ids, real)
+def prompts(questions: Sequence[Question], rows: Tensor) -> Tokens:
+    """The prompts of some questions alone, padded on the right."""
+    chosen = [questions[row].prompt for row in rows.tolist()]
+    longest = max(map(len, chosen))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in chosen])
+    real = torch.arange(longest) < torch.tensor([len(prompt) for prompt in chosen])[:, None]
+    return prompt_tokens(ids, real)

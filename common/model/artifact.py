@@ -19,14 +19,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from metamoe.common import config
-from metamoe.common.compute import device_of
+from metamoe.common.compute import Place, device_of, place
 from metamoe.common.errors import ModelFileError, SeedMismatchError, first_problem
 from metamoe.common.files import replaced_folder, write_atomically, write_json
 from metamoe.common.model.card import CARD, model_card, seed_licence
 from metamoe.common.model.lora import Expert, load_adapter, save_adapter
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
-from metamoe.common.model.seed import Seed, load_seed, seed_place
+from metamoe.common.model.seed import Seed, seed_at, seed_place
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -88,7 +88,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A unified model ready for use."""
+    """A unified model ready for use, where it computes."""
 
     model: UnifiedModel
     seed: Seed
@@ -188,22 +188,22 @@ def intact(folder: Path) -> bool:
     return True
 
 
-def load_model(folder: Path, device: str = "auto") -> Loaded:
+def load_model(folder: Path, at: Place | None = None) -> Loaded:
     """Load a unified model, after checking every file's hash and the seed's.
 
     Args:
         folder: where it is.
-        device: where it computes, as in the settings.
+        at: where it computes; None for a GPU where there is one, in float32.
 
     Raises:
         ModelFileError: a file is missing, added or changed.
         SeedMismatchError: the seed model here is not the one it was made from.
     """
     manifest, weights = read_weights(folder)
-    seed = load_seed(manifest.seed_model)
+    at = at or place(device_of("auto"), "float32")
+    seed = seed_at(manifest.seed_model, at)
     if seed.fingerprint != manifest.seed_fingerprint:
         raise SeedMismatchError(f"{folder} was made from another seed than {manifest.seed_model!r} is here")
-    seed.model.to(device_of(device))
     model = UnifiedModel(seed, weights.experts, manifest.lora, manifest.router, weights.routers).eval().requires_grad_(False)
     return Loaded(model, seed, manifest)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metamoe.common.compute import full_precision
 from metamoe.common.model.inputs import Inputs, Tokens
 from metamoe.common.model.seed import Seed
 
@@ -90,7 +91,8 @@ class TextBatch:
         """
         losses = F.cross_entropy(self._logits(model, encoded), self.targets.token.to(encoded.device), reduction="none")
         lengths = torch.bincount(self.targets.sample)
-        return losses @ (1 / (lengths[self.targets.sample] * len(lengths))).to(encoded.device)
+        with full_precision(encoded.device):
+            return losses @ (1 / (lengths[self.targets.sample] * len(lengths))).to(encoded.device)
 
     def scores(self, model: Any, encoded: Tensor) -> Tensor:
         """Log-likelihood of each choice divided by its number of tokens; of one that a question has not, minus infinity."""
@@ -115,16 +117,17 @@ def text_features(seed: Seed, names: Sequence[str], prompt: str) -> Tensor:
         texts = [prompt.replace("{}", name) for name in names[start : start + _TEXTS]]
         tokens = seed.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         tokens = tokens.to(seed.model.device)
-        features.append(
-            seed.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-        )
+        found = seed.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        features.append(found.pooler_output.float())
     return F.normalize(torch.cat(features), dim=1)
 
 
 def class_logits(model: Any, pooled: Tensor, texts: Tensor) -> Tensor:
     """CLIP's scaled cosine similarities of pooled image features [B, d] and unit text features [C, p]. float32 [B, C]."""
-    images = F.normalize(model.visual_projection(pooled), dim=1)
-    return model.logit_scale.exp() * images @ texts.to(images.device).T
+    images = F.normalize(model.visual_projection(pooled).float(), dim=1)
+    # Scaled by some 100, what is rounded to 8 bits would be off by half.
+    with full_precision(images.device):
+        return model.logit_scale.exp() * images @ texts.to(images.device).T
 
 
 def packed(rows: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[Tokens, Targets]:

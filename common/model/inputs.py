@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, DynamicCache, PreTrainedModel
 
+from metamoe.common.compute import moved
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -26,7 +28,7 @@ class Tokens:
     prompt: Tensor
 
     def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(*(tensor.to(device) for tensor in (self.ids, self.positions, self.visible, self.prompt)))
+        return Tokens(*(moved(tensor, device) for tensor in (self.ids, self.positions, self.visible, self.prompt)))
 
 
 Inputs = Tensor | Tokens
@@ -55,9 +57,9 @@ def encode(model: Any, inputs: Inputs, past: DynamicCache | None = None) -> Tens
         inputs: what to encode.
         past: keys and values of earlier calls, to which these are added; for text.
     """
-    inputs = inputs.to(model.device)
     if isinstance(inputs, Tensor):
-        return model.vision_model(pixel_values=inputs).pooler_output
+        return model.vision_model(pixel_values=moved(inputs, model.device)).pooler_output
+    inputs = inputs.to(model.device)
     return model.model(
         input_ids=inputs.ids,
         attention_mask=_attention_masks(model, inputs.visible),
@@ -86,18 +88,18 @@ def _attention_masks(model: Any, visible: Tensor) -> Tensor | dict[str, Tensor]:
 
 def embed(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """M0's embedding z: the vision tower's pooled output, or the mean over the prompt's tokens of a decoder's last hidden
-    state. [B, d].
+    state. float32 [B, d].
     """
     return pooled(encode(model, inputs), inputs)
 
 
 def pooled(encoded: Tensor, inputs: Inputs) -> Tensor:
-    """One vector for each sample out of what :func:`encode` gave. [B, d]."""
-    return encoded if isinstance(inputs, Tensor) else masked_mean(encoded, inputs.prompt)
+    """One vector for each sample out of what :func:`encode` gave. float32 [B, d]."""
+    return encoded.float() if isinstance(inputs, Tensor) else masked_mean(encoded, inputs.prompt.to(encoded.device))
 
 
 def masked_mean(z: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of a sequence that are not padding.
+    """Mean over the tokens of a sequence that are not padding, summed in float32 whatever the tokens are in.
 
     Args:
         z: [B, T, d].
@@ -107,9 +109,9 @@ def masked_mean(z: Tensor, mask: Tensor | None = None) -> Tensor:
         [B, d]; zero for a sequence of padding only.
     """
     if mask is None:
-        return z.mean(dim=1)
+        return z.mean(dim=1, dtype=torch.float32)
     weights = mask.to(z).unsqueeze(-1)
-    return (z * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return (z * weights).sum(dim=1, dtype=torch.float32) / weights.sum(dim=1, dtype=torch.float32).clamp(min=1)
 
 
 def is_image_model(model: PreTrainedModel) -> bool:

@@ -63,9 +63,17 @@ def peft_config(seed: Seed, lora: Lora) -> "LoraConfig":
 def with_lora(seed: Seed, lora: Lora, expert: Expert | None = None) -> PreTrainedModel:
     """The seed with one adapter: a new one (B = 0, trainable) or, if given, an expert. Base weights are shared, not copied."""
     from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
     model = share(seed.model)
     inject_adapter_in_model(peft_config(seed, lora), model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT makes an adapter as its base is. What is trained stays float32, and is cast where it is multiplied, by
+            # autocast; so its input need not be cast first.
+            module.cast_input_dtype_enabled = False
+            for matrices in (module.lora_A, module.lora_B):
+                matrices.float()
     if expert is not None:
         set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in expert.items()})
     return model

@@ -20,8 +20,12 @@ from metamoe.common.model.seed import Seed, share
 from metamoe.common.model.vectors import evidence_paths
 
 _GROUPING = 48
-"""Without gradients, N tokens are grouped by what was chosen of K experts where that makes at most K N / _GROUPING groups; else
-all experts' terms are computed and masked. Measured; see docs/performance.md.
+"""On a CPU, N tokens are grouped by what was chosen of K experts where that makes at most K N / _GROUPING groups; else all
+experts' terms are computed and masked. Measured; see docs/performance.md.
+"""
+_MASKING = 0.25
+"""On another device, what grouping has to know would have to be waited for. There, terms of all experts are masked that cost at
+most this share of the sublayer's own products; not measured.
 """
 
 
@@ -42,6 +46,7 @@ class MoELayer(nn.Module):
         self.scale = lora.alpha / lora.rank
         self.top_k = router.top_k
         self.renormalise = router.renormalise
+        self.seed_expert = router.seed_expert
 
         def stacked(matrix: str) -> nn.ParameterDict:
             """For each linear map, all experts' matrices [K, ...]."""
@@ -66,26 +71,79 @@ class MoELayer(nn.Module):
         route = self.state.route
         if z.requires_grad or route.weights.requires_grad or self.a[self.form.down].requires_grad:
             return self._masked(z, route)
+        if z.device.type != "cpu":
+            if route.chosen.shape[1] == 1:
+                return self._gathered(z, route)
+            if self._share_of_masking() <= _MASKING:
+                return self._masked(z, route)
         groups = route.groups(z.shape[1])
         few = len(groups.experts) * _GROUPING <= self.count * len(groups.order)
         return self._grouped(z, groups) if few else self._masked(z, route)
 
+    def _share_of_masking(self) -> float:
+        """What all experts' terms of a linear map cost, beside its own product: K r (d + h) / (d h)."""
+        _, rank, wide = self.a[self.form.down].shape
+        narrow = self.b[self.form.down].shape[1]
+        return self.count * rank * (narrow + wide) / (narrow * wide)
+
+    def _gathered(self, z: Tensor, route: Route) -> Tensor:
+        """Where a sample's tokens share their experts: each sample's own matrices, gathered, and multiplied sample by sample.
+        Nothing of it has to be known on the host.
+        """
+        chosen, weights = route.chosen[:, 0], route.weights[:, 0, :, None, None]
+        # The seed has no matrices: any others, and nothing of them.
+        real = (chosen < self.count)[:, :, None, None] if self.seed_expert else None
+        index = chosen.clamp(max=self.count - 1).flatten() if self.seed_expert else chosen.flatten()
+        ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
+        # As they are multiplied: what is gathered is as many copies as there are samples.
+        dtype = next(iter(ups.values())).dtype
+        a, b = ({n: m.to(dtype)[index].unflatten(0, chosen.shape) for n, m in part.items()} for part in (self.a, self.b))
+
+        def low(x: Tensor, name: str, slot: int) -> Tensor:
+            """A x of the expert in this slot, [B, T, r]."""
+            found = x @ a[name][:, slot].mT
+            return found if real is None else found * real[:, slot].to(found.dtype)
+
+        def plus(out: Tensor, low: Tensor, name: str, slot: int) -> Tensor:
+            """out + (alpha / r) B low, of the expert in this slot."""
+            return torch.baddbmm(out, low, b[name][:, slot].mT, alpha=self.scale)
+
+        total, lows = torch.zeros(()), []
+        for slot in range(self.top_k):
+            own = [plus(up, low(z, name, slot), name, slot) for name, up in ups.items()]
+            value = self.form.hidden(self.base, own)
+            if self.top_k > 1:
+                value = value * weights[:, slot].to(value.dtype)
+            total = total + value if slot else value
+            lows.append(low(value, self.form.down, slot))
+        down = getattr(self.base, self.form.down)
+        out = nn.functional.linear(total, down.weight)
+        for slot, own_low in enumerate(lows):
+            out = plus(out, own_low, self.form.down, slot)
+        if down.bias is None:
+            return out if self.top_k > 1 else out * weights[:, 0].to(out.dtype)
+        if self.top_k == 1:
+            return (out + down.bias) * weights[:, 0].to(out.dtype)
+        return out + (weights.sum(dim=1) * down.bias).to(out.dtype)
+
     def _masked(self, z: Tensor, route: Route) -> Tensor:
         """All experts' A at once, the results of those not chosen masked, then all their B at once."""
         # Without the seed's column: it has no matrices, so where it is chosen nothing is added.
-        gates = nn.functional.one_hot(route.chosen, self.count + 1)[..., : self.count, None].to(z.dtype)
+        gates = nn.functional.one_hot(route.chosen, self.count + 1)[..., : self.count, None]
         ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
         low = {name: self._all_a(z, name) for name in ups}
         hidden, low_down = [], []
         for slot in range(self.top_k):
             gate, weight = gates[..., slot, :, :], route.weights[..., slot, None]
-            own = [up + self._all_b(low[name] * gate, name) for name, up in ups.items()]
-            hidden.append(weight * self.form.hidden(self.base, own))
-            low_down.append(self._all_a(hidden[-1], self.form.down) * gate)
+            own = [up + self._all_b(low[name] * gate.to(low[name].dtype), name) for name, up in ups.items()]
+            value = self.form.hidden(self.base, own)
+            hidden.append(weight.to(value.dtype) * value)
+            low_down.append(self._all_a(hidden[-1], self.form.down))
+            low_down[-1] = low_down[-1] * gate.to(low_down[-1].dtype)
         down = getattr(self.base, self.form.down)
         out = nn.functional.linear(sum(hidden[1:], hidden[0]), down.weight)
         out = out + self._all_b(sum(low_down[1:], low_down[0]), self.form.down)
-        return out if down.bias is None else out + route.weights.sum(dim=-1, keepdim=True) * down.bias
+        return out if down.bias is None else out + (route.weights.sum(dim=-1, keepdim=True) * down.bias).to(out.dtype)
 
     def _all_a(self, x: Tensor, name: str) -> Tensor:
         """A_p x of every expert, [B, T, K, r]."""
@@ -131,8 +189,8 @@ class MoELayer(nn.Module):
         return out[groups.back].view_as(z)
 
     def _add(self, out: Tensor, low: Tensor, name: str, expert: int) -> None:
-        """Add (alpha / r) B low to out, in place."""
-        torch.addmm(out, low, self.b[name][expert].T, alpha=self.scale, out=out)
+        """Add (alpha / r) B low to out, in place, which autocast does not see."""
+        torch.addmm(out, low, self.b[name][expert].T.to(out.dtype), alpha=self.scale, out=out)
 
 
 class ObservedFFN(nn.Module):

@@ -112,7 +112,7 @@ class RoutingState:
         else:
             context = masked_mean(z, self.mask).unsqueeze(1)
             mask = self.mask if self.mask is not None else torch.ones(z.shape[:2], device=z.device)
-            count = mask.sum(1, keepdim=True).to(z.dtype)
+            count = mask.sum(1, keepdim=True).to(context.dtype)
             total = context.squeeze(1) * count
         if self.cache:
             self.cache.contexts[number : number + 1] = [(total, count)]
@@ -123,7 +123,8 @@ class RoutingState:
 
 def _running_mean(z: Tensor, visible: Tensor, earlier: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over all that each token sees, of these z [B, T, d] and of earlier ones; the last token's sum and count."""
-    totals, counts = visible.to(z.dtype) @ z, visible.sum(-1, keepdim=True).to(z.dtype)
+    with full_precision(z.device):
+        totals, counts = visible.float() @ z.float(), visible.sum(-1, keepdim=True).float()
     if earlier is not None:
         totals, counts = totals + earlier[0].unsqueeze(1), counts + earlier[1].unsqueeze(1)
     return totals / counts, totals[:, -1], counts[:, -1]

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from metamoe.common.compute import ON_CPU, Place
 from metamoe.common.errors import HubError, InputFileError
 from metamoe.common.hub import HUB_FAILURES, hub_error
 from metamoe.common.model.ffn import Form, ffn_paths, form_of
@@ -43,23 +44,32 @@ _PROCESSOR = (
 class Seed:
     """A frozen seed model with what turns names, text and images into its inputs. Shared within a process: never modified.
 
-    ``model`` is a CLIP model, or a decoder for text, which has no ``processor``.
+    ``model`` is a CLIP model, or a decoder for text, which has no ``processor``. It computes at ``place``; ``stored`` is the
+    seed as it was loaded, where this one is held otherwise.
     """
 
     reference: str
     model: Any
     tokenizer: Any
     processor: Any
+    place: Place = ON_CPU
+    stored: "Seed | None" = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the seed's output: every parameter's name, dtype, shape and bytes, the settings of the
-        model's layers and of the image processor, and the tokenizer's words.
+        """SHA-256 over all that decides the seed's output: every parameter's name, shape and numbers as they are stored, the
+        settings of the model's layers and of the image processor, and the tokenizer's words.
+
+        Numbers are taken as float32, which holds every bfloat16 and float16 exactly: two parties agree however each of them
+        holds the seed.
         """
+        if self.stored is not None:
+            return self.stored.fingerprint
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+            numbers = tensor.float() if tensor.is_floating_point() else tensor
+            digest.update(f"{name} {numbers.dtype} {tuple(numbers.shape)}\n".encode())
+            digest.update(numbers.cpu().reshape(-1).view(torch.uint8).numpy())
         # By name: the files hold much else, such as versions and paths, that may differ between places.
         config = self.model.config
         if is_image_model(self.model):
@@ -81,6 +91,21 @@ class Seed:
         form = form_of(self.model.get_submodule(self.ffn_paths[0]))
         assert form is not None
         return form
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as they are held."""
+        return self.model.get_parameter(f"{self.ffn_paths[0]}.{self.form.down}.weight").dtype
+
+    @property
+    def computed_by(self) -> str:
+        """What now decides the last digits of what it computes, beside libraries and threads: device, weights and precision;
+        empty for float32 on a CPU.
+        """
+        device = self.model.device.type
+        coarse = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        usual = device == "cpu" and self.dtype == torch.float32 and not coarse
+        return "" if usual else f" {device} {self.dtype} {'bfloat16' if coarse else 'float32'}"
 
     @property
     def is_image_model(self) -> bool:
@@ -105,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def load_seed(reference: str) -> Seed:
-    """Load a seed once per process.
+    """Load a seed once per process, in the dtype that its config says it is stored in; :func:`seed_at` has it ready to compute.
 
     Args:
         reference: ``"glyphs"`` (built in); a folder with a model, its tokenizer and, for CLIP, its image processor; a .gguf
@@ -120,13 +145,45 @@ def load_seed(reference: str) -> Seed:
     place, kind = seed_place(reference), seed_config(reference).model_type
     try:
         architecture = CLIPModel if kind == "clip" else AutoModelForCausalLM
-        model = architecture.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+        model = architecture.from_pretrained(place, dtype="auto").eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(place)
         processor = AutoImageProcessor.from_pretrained(place, backend="pil") if kind == "clip" else None
     except (*HUB_FAILURES, SafetensorError) as error:
         raise _not_loaded(reference, error) from error
     ffn_paths(model)
     return Seed(reference, model, tokenizer, processor)
+
+
+def seed_at(reference: str, place: Place) -> Seed:
+    """A seed where it computes, once per process: its parameters on this device, in the dtype in which they are held.
+
+    Single numbers, such as a temperature, are float32 always, and buffers, such as the frequencies of positions, stay as they
+    are.
+
+    Raises:
+        InputFileError, HubError, ModelStructureError: as :func:`load_seed`.
+    """
+    stored = load_seed(reference)
+    dtype = place.dtype_of(stored.dtype)
+    if (stored.model.device, stored.dtype) == (place.device, dtype):
+        return stored if place == stored.place else _elsewhere(stored, place, stored.model)
+    return _elsewhere(stored, place, _held(stored, place.device, dtype))
+
+
+@lru_cache(maxsize=4)
+def _elsewhere(stored: Seed, place: Place, model: Any) -> Seed:
+    return replace(stored, model=model, place=place, stored=stored)
+
+
+# Two, for a process in which server and clients compute in different places.
+@lru_cache(maxsize=2)
+def _held(stored: Seed, device: torch.device, dtype: torch.dtype) -> Any:
+    parameters = {
+        id(p): torch.nn.Parameter(p.to(device, dtype if p.dim() else torch.float32), requires_grad=False)
+        for p in stored.model.parameters()
+    }
+    buffers = {id(buffer): buffer.to(device) for buffer in stored.model.buffers()}
+    return copy.deepcopy(stored.model, {**parameters, **buffers})
 
 
 def seed_place(reference: str) -> str:

@@ -48,16 +48,20 @@ def ffn_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-@torch.inference_mode()
 def sample_features(model: PreTrainedModel, paths: list[str], batches: Iterable[Inputs]) -> Iterator[Tensor]:
     """For each batch, every sample's mean FFN input in each of these layers, and last its embedding. Means are over all tokens
     of an image, and over those of a text's prompt. float32 [B, L + 1, d].
     """
+    return (batch_features(model, paths, batch) for batch in batches)
+
+
+@torch.inference_mode()
+def batch_features(model: PreTrainedModel, paths: list[str], batch: Inputs) -> Tensor:
+    """:func:`sample_features` of one batch."""
     with ffn_inputs(model, paths) as captured:
-        for batch in batches:
-            embedding = embed(model, batch)
-            mask = batch.prompt if isinstance(batch, Tokens) else None
-            yield torch.stack([*(masked_mean(captured[path], mask) for path in paths), embedding], dim=1).float().cpu()
+        embedding = embed(model, batch)
+        mask = batch.prompt.to(embedding.device) if isinstance(batch, Tokens) else None
+        return torch.stack([*(masked_mean(captured[path], mask) for path in paths), embedding], dim=1).cpu()
 
 
 def mean_over_samples(batches: Iterable[Tensor], weights: np.ndarray | None = None) -> np.ndarray:
@@ -80,24 +84,20 @@ def mean_over_samples(batches: Iterable[Tensor], weights: np.ndarray | None = No
     return (total if weights is not None else total / count).numpy()
 
 
-def routing_vectors(
-    model: PreTrainedModel, paths: list[str], batches: Iterable[Inputs], weights: np.ndarray | None = None
-) -> np.ndarray:
+def routing_vectors(features: Iterable[Tensor], weights: np.ndarray | None = None) -> np.ndarray:
     """Routing vectors of an expert (Jiang et al. 2026, Eq. 7 and 8).
 
     e^(l) = the mean over samples of the mean over tokens of z^(l), the input of layer l's feed-forward sublayer in the expert.
     Given the private samples together with the proxies this is N/(N+m) mu_priv + m/(N+m) mu_proxy.
 
     Args:
-        model: the expert.
-        paths: its feed-forward sublayers.
-        batches: all samples, in any split.
+        features: :func:`sample_features` of all samples in the expert, [B, L + 1, d] each, in any split.
         weights: of the samples, [N], with sum one; None for equal ones.
 
     Returns:
         float64 [L, d].
     """
-    return mean_over_samples((features[:, :-1] for features in sample_features(model, paths, batches)), weights)
+    return mean_over_samples((batch[:, :-1] for batch in features), weights)
 
 
 def router_rows(vectors: np.ndarray, covariance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from metamoe.client.app import respond
 from metamoe.client.site import Site
+from metamoe.common.compute import place_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public
@@ -23,7 +24,7 @@ from metamoe.common.files import cache_folder, replaced_folder, write_json
 from metamoe.common.model.artifact import Loaded, load_model, save_model
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import Expert, load_adapter, save_adapter, with_lora
-from metamoe.common.model.seed import Seed, load_seed
+from metamoe.common.model.seed import Seed, load_seed, seed_at
 from metamoe.common.wire import Kind, RecordDict, encode_reply
 from metamoe.server.stages import run_stages
 from metamoe.server.unify import router_samples, unify
@@ -87,8 +88,9 @@ class Model:
 
 
 def build(method: Method, settings: Settings) -> Model:
-    """Everything up to a model that can be asked."""
-    seed = load_seed(settings.seed_model)
+    """Everything up to a model that can be asked, on the server's device."""
+    place = place_of(settings.compute, "server")
+    seed = seed_at(settings.seed_model, place)
     everywhere = [*settings.data.domains, PUBLIC]
     if method.use == "seed":
         return Model(dict.fromkeys(everywhere, dense(seed.model)))
@@ -112,7 +114,7 @@ def build(method: Method, settings: Settings) -> Model:
         case "ensemble":
             return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
         case "routed-ensemble":
-            model = load_model(folder / "model", settings.compute.server_device).model
+            model = load_model(folder / "model", place).model
             members = [*alone, dense(seed.model)][: len(settings.expert_names)]
             routed = routed_ensemble(members, partial(sample_decision, model), settings.router.top_k)
             return Model(dict.fromkeys(everywhere, routed), up, down, summary["cpu_seconds"]["unify"])
@@ -122,7 +124,7 @@ def build(method: Method, settings: Settings) -> Model:
         case "pooled":
             return _pooled(seed, settings, folder, experts, down, everywhere)
         case _:
-            unified = load_model(folder / "model", settings.compute.server_device)
+            unified = load_model(folder / "model", place)
             sent = {client["name"]: client["artifacts"] for client in clients}
             spent = summary["cpu_seconds"]["unify"]
             scores = dict.fromkeys(everywhere, unified.model.scores)
@@ -154,11 +156,12 @@ def _pooled(
     seed: Seed, settings: Settings, folder: Path, experts: Sequence[Expert], down: float, everywhere: Sequence[str]
 ) -> Model:
     """Experts and router trained on what no server may see: all private samples in one place."""
+    place = place_of(settings.compute, "server")
     private = [load_private(settings, client, "train") for client in range(settings.clients)]
     target, times = folder / "pooled", folder / "pooled.json"
     with FileLock(f"{target}.lock"):
         if not times.is_file():
-            routers = [router.weights() for router in load_model(folder / "model").model.routers]
+            routers = [router.weights() for router in load_model(folder / "model", place).model.routers]
             trained = settings.model_copy(update={"router_training": settings.router_training.model_copy(update=_POOLED)})
             samples = router_samples(trained, load_public(settings.data), private)
             started = time.process_time()
@@ -166,7 +169,7 @@ def _pooled(
             spent = time.process_time() - started
             save_model(target, seed, settings, settings.client_names, [], weights)
             write_json(times, {"cpu_seconds": round(spent, 3)})
-    unified = load_model(target, settings.compute.server_device)
+    unified = load_model(target, place)
     up = float(np.mean([len(data) * (_sample_bytes(data[0]) + _LABEL_BYTES) for data in private]))
     seconds = json.loads(times.read_text())["cpu_seconds"]
     return Model(dict.fromkeys(everywhere, unified.model.scores), up, down, seconds, unified)
@@ -198,7 +201,7 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
 
 
 def outcome_of(settings: Settings, model: Model) -> Outcome:
-    sets = test_sets(settings.seed_model, settings.data)
+    sets = test_sets(settings.seed_model, place_of(settings.compute, "server"), settings.data)
     domains: dict[str, float] = {}
     seconds = count = 0.0
     # The first batch pays for what is set up once.

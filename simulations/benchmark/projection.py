@@ -8,13 +8,12 @@ from sklearn.manifold import TSNE
 
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
-from metamoe.common.compute import threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public, public_fingerprint
-from metamoe.common.data.tasks import input_batches
-from metamoe.common.model.inputs import embed
-from metamoe.common.model.seed import load_seed
+from metamoe.common.data.tasks import features as features_of
+from metamoe.common.model.seed import seed_at
 from metamoe.server.embedding import public_features
 from metamoe.server.proxies import select_proxies
 
@@ -27,8 +26,9 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
     """For each client, t-SNE coordinates of private samples (``"private"``, at most 300) and of the proxies that each way of
     selection picks, all in one map.
     """
-    seed, public = load_seed(settings.seed_model), load_public(settings.data)
-    with threads(settings.compute.server_threads):
+    place = place_of(settings.compute, "server")
+    seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
+    with threads(settings.compute.server_threads), place.computing():
         features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), unwatched)[:, -1]
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
@@ -41,8 +41,7 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
         for client, name in enumerate(settings.client_names):
             rng = np.random.default_rng(client)
             sample = private[client].select(np.sort(rng.permutation(len(private[client]))[:_PRIVATE]))
-            with torch.inference_mode():
-                own = torch.cat([embed(seed.model, batch) for batch in input_batches(seed, settings.data, sample)]).numpy()
+            own = torch.cat(list(features_of(seed, seed.model, [], settings.data, sample)))[:, -1].numpy()
             groups = {"private": own} | {how: features[picked[how][client].ids] for how in _SELECTIONS}
             maps[name] = _tsne(groups)
     return maps

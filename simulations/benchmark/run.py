@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metamoe.common.compute import threads
+from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEError, RunFailedError
@@ -105,7 +105,7 @@ def run_part(plan: Plan, method: Method, seed: int) -> None:
     """One method with one seed, from data to a file with its outcome."""
     started = time.monotonic()
     settings, file = plan.settings(method, seed), plan.file(method, seed)
-    with threads(settings.compute.server_threads):
+    with threads(settings.compute.server_threads), place_of(settings.compute, "server").computing():
         model = build(method, settings)
         outcome = outcome_of(settings, model)
     write_json(file, {**asdict(outcome), "seconds": round(time.monotonic() - started, 1)})
@@ -151,7 +151,7 @@ def _prepare(plan: Plan) -> None:
 
 
 def _prepare_data(base: Settings, methods: Sequence[Settings]) -> None:
-    prepare(base)
+    prepare(base, on_ray=False)
     for settings in methods:
         check_pool(settings.proxies, len(load_public(settings.data)))
 

@@ -15,7 +15,9 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import ProxyCountError
 from metamoe.common.model.artifact import load_model
 from metamoe.common.presets import to_toml
+from metamoe.simulations.flower import run_flower
 from metamoe.simulations.local import run_local
+from metamoe.simulations.prepare import Placement
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,30 @@ def test_ray_and_local_agree_to_the_bit_and_nothing_is_left(small: Settings, pre
     results = json.loads((out / "results.json").read_text())
     assert [client["name"] for client in results["clients"]] == ["digits", "greek", "arrows"]
     assert left_behind(tmp_path) == []
+
+
+def test_a_client_with_a_share_of_a_gpu_is_shown_it(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that Ray is told of, and that nobody computes on: torch finds no driver for it."""
+    (tmp_path / "seeing.py").write_text(
+        "import os, pathlib\n"
+        "from flwr.clientapp import ClientApp\n"
+        "from metamoe.client import app as ours\n"
+        "class Seeing(ClientApp):\n"
+        "    def __call__(self, message, context):\n"
+        "        seen = os.environ.get('CUDA_VISIBLE_DEVICES', 'all')\n"
+        "        pathlib.Path(os.environ['METAMOE_SEEN'], str(os.getpid())).write_text(seen)\n"
+        "        return ours.app(message, context)\n"
+        "app = Seeing()\n"
+    )
+    out = tmp_path / "run"
+    (out / "seen").mkdir(parents=True)
+    (out / "settings.toml").write_text(to_toml(small))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("METAMOE_SEEN", str(out / "seen"))
+    run_flower(small, out, client_app="seeing:app", placement=Placement(1, 0.5))
+    # Two actors with half of it each.
+    assert [file.read_text() for file in (out / "seen").iterdir()] == ["0", "0"]
+    assert (out / "server" / "summary.json").is_file()
 
 
 def test_ctrl_c_cleans_up(preset: Path, tmp_path: Path) -> None:

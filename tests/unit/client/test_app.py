@@ -14,7 +14,7 @@ from metamoe.client.app import app
 from metamoe.client.egress import guard
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private, public_fingerprint
-from metamoe.common.data.tasks import batches
+from metamoe.common.data.image_batches import batches
 from metamoe.common.errors import EmptyPartitionError, MetaMoEError, ProtocolError, PublicDataMismatchError, SeedMismatchError
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.seed import load_seed

@@ -14,7 +14,8 @@ from metamoe.client.site import Site, site_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import label_space, load_private, load_public
-from metamoe.common.data.tasks import all_pixels, class_names, labels_in
+from metamoe.common.data.image_batches import all_pixels
+from metamoe.common.data.tasks import class_names, labels_in
 from metamoe.common.errors import PrivateDataError
 from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
@@ -49,7 +50,7 @@ def loss(settings: Settings, expert: Expert) -> float:
     texts = text_features(seed, space, settings.data.prompt)
     with torch.inference_mode():
         model = with_lora(seed, settings.lora, expert)
-        logits = class_logits(model, embed(model, all_pixels(seed, [data])), texts)
+        logits = class_logits(model, embed(model, all_pixels(seed, [data])[:]), texts)
         return F.cross_entropy(logits, labels_in(data, space)).item()
 
 
@@ -66,7 +67,7 @@ def test_one_step_is_the_mean_of_clipped_gradients(private: Settings) -> None:
     start, expert = trained(private, 1e-9, 1, expert_clip=1e-3, expert_learning_rate=1e-2)
     seed, data = load_seed(private.seed_model), load_private(private, 0, "train")
     space = label_space(class_names(data), class_names(load_public(private.data)))
-    texts, pixels, labels = text_features(seed, space, private.data.prompt), all_pixels(seed, [data]), labels_in(data, space)
+    texts, pixels, labels = text_features(seed, space, private.data.prompt), all_pixels(seed, [data])[:], labels_in(data, space)
     model = with_lora(seed, private.lora, start)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}

@@ -92,7 +92,7 @@ def test_settings_and_site_agree_on_whose_data_it_is(small: Settings, folder: Pa
     with pytest.raises(PrivateDataError, match="no data-dir in its node config, or it is empty"):
         ask("profile", changed(small, OWN), Site(0, tmp_path / "state"))
     with pytest.raises(InvalidSettingError, match="metamoe deploy run"):
-        prepare(changed(small, OWN))
+        prepare(changed(small, OWN), on_ray=True)
     site = site_of({"partition-id": 1, "state-dir": "/state", "data-dir": str(folder)}, {})
     assert site == Site(1, Path("/state"), folder, simulation=False)
     # Mounted, and nothing in it.

@@ -22,7 +22,7 @@ from metamoe.common.data.datasets import (
     load_public,
     partition,
 )
-from metamoe.common.data.tasks import batches
+from metamoe.common.data.image_batches import batches
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
 from metamoe.common.model.seed import Seed
 from metamoe.common.presets import validated

@@ -1,5 +1,7 @@
+import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +99,55 @@ def test_tokens_grouped_by_expert_give_what_masking_gives(
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
     chosen = model.layers[-1].state.route.chosen
     assert len(chosen.unique()) > 1
+
+
+@pytest.mark.parametrize(("top_k", "renormalise"), [(1, False), (1, True), (2, True), (3, False)])
+@pytest.mark.parametrize("seed_expert", [False, True])
+def test_matrices_gathered_for_each_sample_give_what_masking_gives(
+    seed: Seed, settings: Settings, monkeypatch: pytest.MonkeyPatch, top_k: int, renormalise: bool, seed_expert: bool
+) -> None:
+    """The form for a GPU, on the CPU."""
+    changes = {"top_k": top_k, "renormalise": renormalise, "context": 1.0, "learn_context": False, "seed_expert": seed_expert}
+    settings = variant(settings, **{f"router__{name}": value for name, value in changes.items()})
+    rows = 3 + seed_expert
+    routers = [RouterWeights(random_features(rows, seed.width) * 2, np.zeros(rows), 1.0)]
+    experts = [random_expert(seed, settings, k) for k in range(3)]
+    model = UnifiedModel(seed, experts, settings.lora, settings.router, routers).eval().requires_grad_(False)
+    monkeypatch.setattr(moe, "_GROUPING", 10**9)
+    expected = model(random_pixels(6))[0]
+    monkeypatch.setattr(moe.MoELayer, "_masked", moe.MoELayer._gathered)
+    torch.testing.assert_close(model(random_pixels(6))[0], expected, atol=1e-5, rtol=1e-4)
+    chosen = model.layers[-1].state.route.chosen
+    assert chosen.shape == (6, 1, top_k)
+    # The seed, who has no matrices, is among them where it may be.
+    assert len(chosen.unique()) == rows
+
+
+@pytest.mark.parametrize(("context", "experts", "form"), [(1.0, 3, "_gathered"), (0.4, 1, "_masked"), (0.4, 40, "_grouped")])
+def test_on_a_gpu_a_form_is_used_that_need_not_wait_for_it(
+    seed: Seed, settings: Settings, monkeypatch: pytest.MonkeyPatch, context: float, experts: int, form: str
+) -> None:
+    """With the meta device for a GPU, whose tensors nobody can look into; grouping many experts' tokens does."""
+    settings = variant(settings, router__context=context, router__learn_context=False)
+    elsewhere = replace(seed, model=copy.deepcopy(seed.model).to("meta"))
+    routers = [RouterWeights(random_features(experts, seed.width), np.zeros(experts), context)]
+    made = [random_expert(seed, settings, k) for k in range(experts)]
+    model = UnifiedModel(elsewhere, made, settings.lora, settings.router, routers).eval().requires_grad_(False)
+    # The tiny layer is so narrow that masking even a few experts is a large part of it.
+    monkeypatch.setattr(moe, "_MASKING", 1.0)
+    if form == "_grouped":
+        with torch.inference_mode(), pytest.raises((NotImplementedError, RuntimeError)):
+            model(random_pixels(2))
+        return
+    calls: list[str] = []
+    for name in ("_gathered", "_masked"):
+        kept = getattr(moe.MoELayer, name)
+        monkeypatch.setattr(
+            moe.MoELayer, name, lambda layer, z, route, n=name, f=kept: (calls.append(n), f(layer, z, route))[1]
+        )
+    with torch.inference_mode():
+        assert model(random_pixels(2))[0].device.type == "meta"
+    assert set(calls) == {form}
 
 
 def spied(function: Callable[..., Tensor], calls: list[object]) -> Callable[..., Tensor]:

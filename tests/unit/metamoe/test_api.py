@@ -20,7 +20,7 @@ import metamoe
 from metamoe import progress
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_domain
-from metamoe.common.data.tasks import pixel_values
+from metamoe.common.data.image_batches import pixel_values
 from metamoe.common.errors import (
     InputFileError,
     InvalidSettingError,

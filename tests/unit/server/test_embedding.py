@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import fingerprint, load_public, public_fingerprint
-from metamoe.common.data.tasks import batches
+from metamoe.common.data.image_batches import batches
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
 from metamoe.common.model.seed import Seed, load_seed
 from metamoe.common.model.vectors import sample_features

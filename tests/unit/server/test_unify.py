@@ -6,7 +6,7 @@ import torch
 
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
-from metamoe.common.data.tasks import batches
+from metamoe.common.data.image_batches import batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.seed import Seed

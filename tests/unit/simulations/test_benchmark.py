@@ -6,15 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
+from metamoe.common.compute import Place
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError, MetaMoEError
+from metamoe.common.model import moe
 from metamoe.common.presets import changed, load_settings, to_toml
+from metamoe.simulations import evaluate
+from metamoe.simulations.benchmark import models
 from metamoe.simulations.benchmark import run as benchmark
-from metamoe.simulations.benchmark.methods import ablations, chosen, main_methods
+from metamoe.simulations.benchmark.methods import Use, ablations, chosen, main_methods
 from metamoe.simulations.benchmark.models import training_key
 from metamoe.simulations.benchmark.run import Plan
 from metamoe.simulations.benchmark.tables import REFERENCE, markdown, read_results
@@ -219,3 +226,25 @@ def test_a_killed_benchmark_goes_on_without_doing_work_twice(preset: Path, tmp_p
     assert outcomes.items() <= state(out / "outcomes", "*.json").items()
     assert experts.items() <= state(clients, trained).items()
     assert list(read_results(out).methods) == ["zero-shot", "btm", "flexolmo", "metamoe"]
+
+
+def test_every_method_is_asked_on_the_servers_device(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's meta device for a GPU: what was left on the CPU would not go with it."""
+    monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
+    settings = changed(small, ["data.test-samples=8", "compute.server-threads=1"])
+    batch = evaluate.test_sets(settings.seed_model, Place(torch.device("cpu")), settings.data)[0].samples.asked(torch.arange(4))
+    uses = {method.use: method for method in [*main_methods(settings), *ablations(settings)]}
+    # All of one run, whose stages are computed here.
+    here = {use: models.build(replace(method, settings=()), settings) for use, method in uses.items()}
+    monkeypatch.setattr(models, "place_of", lambda *_: Place(torch.device("meta")))
+    # The tiny layer is so narrow that masking three experts is a large part of it, and grouping cannot be done there.
+    monkeypatch.setattr(moe, "_MASKING", 10.0)
+    # Which members are run has to be known here, wherever they are.
+    monkeypatch.setattr(models, "sample_decision", lambda _, batch: torch.eye(4)[: batch.count])
+    for use, method in uses.items():
+        elsewhere = models.build(replace(method, settings=()), settings)
+        assert elsewhere.scores.keys() == here[use].scores.keys()
+        for domain, scores in elsewhere.scores.items():
+            with torch.inference_mode():
+                assert (here[use].scores[domain](batch).device.type, scores(batch).device.type) == ("cpu", "meta")
+    assert set(uses) == set(get_args(Use))
