@@ -64,6 +64,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(moved, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Take out the roles that docstrings give names, such as :func:, which the page would show."""
+    return re.sub(r":(func|class|meth|data):(?=<code>)", "", html)
+
+
 def python_reference() -> str:
     """A page of all that ``import metamoe`` has for users."""
     lines = ["# Reference of the Python face", "", "All of `metamoe.__all__`; [python.md](python.md) shows it at work.", ""]

@@ -37,7 +37,7 @@ def draw(name: str, rng: random.Random) -> Image.Image:
 
 
 def main(folder: Path) -> None:
-    """Fill the folder: of each class a hundred pictures for its owner, fifty for the public set, and ten of each for testing."""
+    """Fill the folder: of each class a hundred pictures for its owner, fifty for the public set, ten of each for testing."""
     rng = random.Random(0)
     for domain, names, count in (("signs", SIGNS, 100), ("flags", FLAGS, 100), ("public", SIGNS + FLAGS, 50)):
         for name in names:

@@ -30,7 +30,7 @@ def examples(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoder(tmp_path: Path) -> Path:
-    """A Qwen2 of ten layers with random weights, in place of those that a test cannot download."""
+    """A Qwen2 of twelve layers with random weights, in place of those that a test cannot download."""
     folder = tmp_path / "decoder"
     tokenizer = tokenizer_for(["What goes with bread nail ? Answer : hammer saw oven pot"])
     tokenizer.model_max_length = 512
