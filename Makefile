@@ -1,11 +1,11 @@
 # Every target makes its own environment in .venv, from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# mypy follows no package-dir: it is shown the rooms where Python imports them from.
+# mypy and mkdocstrings follow no package-dir: they are shown the rooms where Python imports them from.
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
 
-.PHONY: demo smollm2 test test-quick faults lint bench gpu containers verifier
+.PHONY: demo smollm2 test test-quick faults lint types docs bench gpu containers verifier
 
 demo: .venv/installed  ## three clients on Ray, from data to a model and its table, in runs/demo
 	$(BIN)/metamoe simulate --preset glyphs --out runs/demo --overwrite
@@ -37,12 +37,18 @@ verifier:  ## the program that checks an exported ledger without us, in verifier
 	$(PYTHON) -m zipapp verifier --output verifier.pyz --compress
 	sha256sum verifier.pyz
 
-lint: .venv/installed  ## style, format and types
+lint: .venv/installed types  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(TYPES)/.. && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+types:
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
 	ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(CURDIR)/metamoe/*.py $(CURDIR)/metamoe/serving $(TYPES)
-	cd $(TYPES)/.. && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+docs: .venv/installed types  ## the site, in build/site; fails on a broken link
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -19,6 +19,7 @@ from metamoe.common.errors import MetaMoEError
 from metamoe.common.files import cache_folder
 from metamoe.common.hub import HUB_FAILURES, hub_error
 from metamoe.common.model.sizes import Sizes, predicted_sizes
+from metamoe.server.proxies import check_pool
 from metamoe.show import some
 
 _LARGE = 2 * 10**9
@@ -81,7 +82,10 @@ def _local_data(settings: Settings) -> Iterator[Finding]:
     data = settings.data
     try:
         check_domains(data)
-        yield Finding("public set", f"{len(load_public(data)):,} samples", True)
+        samples = len(load_public(data))
+        yield Finding("public set", f"{samples:,} samples", True)
+        if settings.proxies.selection != "random":
+            check_pool(settings.proxies, samples)
     except MetaMoEError as error:
         yield Finding("public set", str(error), False)
     for domain in data.domains if data.private == "built-in" else ():

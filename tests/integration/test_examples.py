@@ -1,0 +1,107 @@
+"""The notebook and the examples, run as a newcomer would."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import metamoe
+from metamoe.simulations.train_seed import tokenizer_for
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Path:
+    """A copy of all examples."""
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    return tmp_path / "examples"
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    """A Qwen2 of twelve layers with random weights, in place of those that a test cannot download."""
+    folder = tmp_path / "decoder"
+    tokenizer = tokenizer_for(["What goes with bread nail ? Answer : hammer saw oven pot"])
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 12, "num_attention_heads": 2}
+    special = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 3}
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(folder)
+    return folder
+
+
+def commands(page: Path) -> str:
+    """What a README says to type."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    return "".join(blocks)
+
+
+def typed(folder: Path) -> str:
+    """What is printed if somebody types the commands of the folder's README there."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shell = ["bash", "-euo", "pipefail", "-c", commands(folder / "README.md")]
+    done = subprocess.run(shell, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_pictures_of_ones_own(examples: Path) -> None:
+    shown = typed(examples / "images")
+    assert "run: finished" in shown
+    run = metamoe.open_run(examples / "images" / "run")
+    assert list(run.table().columns) == ["signs", "flags", "average", "public"]
+    # Circles, squares, crosses: whoever cannot tell them has learnt nothing; a third is chance.
+    assert run.results.accuracy["metamoe"]["average"] > 90
+    assert re.search(r"accuracy: [\d.]+% .* on 30 images", shown)
+
+
+@pytest.mark.parametrize("name", ["questions", "seed"])
+def test_questions_and_a_decoder_of_ones_own(name: str, examples: Path, decoder: Path) -> None:
+    file = examples / name / "settings.toml"
+    settings, count = re.subn(r'^seed-model = ".*"$', f'seed-model = "{decoder}"', file.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    file.write_text(settings)
+    assert "on 30 questions" in typed(examples / name)
+    assert metamoe.open_run(examples / name / "run").model.experts == ["kitchen", "workshop", "seed"]
+
+
+def test_a_federation_of_three_organisations(examples: Path) -> None:
+    folder = examples / "federation"
+    try:
+        typed(folder)
+    finally:
+        if (folder / "federation").exists():
+            subprocess.run([Path(sys.executable).parent / "metamoe", "deploy", "down", "federation"], cwd=folder, check=False)
+    assert metamoe.open_run(folder / "run").model.experts == ["north", "south", "east", "seed"]
+
+
+def kinds(cell: nbformat.NotebookNode) -> list[list[str]]:
+    """The forms of what a cell shows, without warnings."""
+    return [sorted(output.get("data", {})) for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+
+
+def test_the_notebook_runs_and_shows_what_it_did(tmp_path: Path) -> None:
+    file = ROOT / "docs" / "tutorial.ipynb"
+    assert file.stat().st_size < 200_000
+    written = nbformat.read(file, as_version=4)
+    assert all(cell.outputs for cell in written.cells if cell.cell_type == "code"), "it is kept with its outputs"
+    notebook = nbformat.read(file, as_version=4)
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for new, old in zip(notebook.cells, written.cells, strict=True):
+        assert kinds(new) == kinds(old)
+    assert metamoe.audit.verify(tmp_path / "runs" / "tutorial").fine
+    table = metamoe.open_run(tmp_path / "runs" / "tutorial").table()
+    assert table.loc["metamoe", "average"] > table.loc["zero-shot", "average"]
