@@ -14,10 +14,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from metamoe.common.data.decode import read_picture
 from metamoe.common.errors import InputFileError, MetaMoEError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.batch import text_features
@@ -192,7 +193,7 @@ def serving_app(loaded: Loaded, name: str, limits: Limits, token: str = "", loop
         if not asked.classes and not texts:
             texts.append(text_features(loaded.seed, names, manifest.prompt))
         own = text_features(loaded.seed, names, manifest.prompt) if asked.classes else texts[0]
-        read = [_image(number, text) for number, text in enumerate(asked.images)]
+        read = [image_of(number, text, manifest.background) for number, text in enumerate(asked.images)]
         return list(predict_images(loaded, read, names, own, asked.top))
 
     @app.post("/v1/classify")
@@ -212,7 +213,7 @@ def serving_app(loaded: Loaded, name: str, limits: Limits, token: str = "", loop
     return app
 
 
-def _image(number: int, text: str) -> Image.Image:
+def image_of(number: int, text: str, background: str) -> Image.Image:
     """An image out of base64 or a data URL.
 
     Raises:
@@ -220,7 +221,6 @@ def _image(number: int, text: str) -> Image.Image:
     """
     try:
         content = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        with Image.open(io.BytesIO(content)) as opened:
-            return opened.convert("RGB")
-    except (binascii.Error, ValueError, UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        return read_picture(io.BytesIO(content), background, f"images[{number}]")
+    except (binascii.Error, ValueError) as error:
         raise InputFileError(f"images[{number}] is no image in base64: {error}") from error

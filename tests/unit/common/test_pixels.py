@@ -1,5 +1,6 @@
 """From odd files to pixels: what people see, and the same in all ways that a picture can take."""
 
+import base64
 import io
 import struct
 import warnings
@@ -25,6 +26,7 @@ from metamoe.common.data.tasks import input_batches, pixel_values, samples_of
 from metamoe.common.errors import DataFormatError, InputFileError, MetaMoEError
 from metamoe.common.model.seed import Seed
 from metamoe.predict import read_image
+from metamoe.serving.app import image_of
 
 
 def arrow() -> Image.Image:
@@ -178,7 +180,9 @@ def test_all_ways_give_the_same_pixels(odd: Path, seed: Seed) -> None:
     (odd / "packed").mkdir(exist_ok=True)
     parquet.write_table(pa.Table.from_pylist(rows), odd / "packed" / "train.parquet")
     packed = find_pictures(odd / "packed", data)
+    sent = [base64.b64encode(file.read_bytes()).decode() for file in files]
     ways = {
+        "serve": torch.cat([pixel_values(seed, [image_of(n, text, "white")]) for n, text in enumerate(sent)]),
         "an image in Python": opened,
         "train": samples_of(seed, data, [test], ["UP"]).taught(torch.arange(len(files))).inputs,
         "embed": torch.cat(list(input_batches(seed, data, test))),
