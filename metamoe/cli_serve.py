@@ -99,6 +99,8 @@ def _listen(app: "FastAPI", host: str, port: int, name: str) -> None:
     server = uvicorn.Server(settings)
     try:
         with settings.bind_socket() as socket:
+            # Whoever asks as soon as it is said waits, and is not turned away.
+            socket.listen(settings.backlog)
             log.info("%s is served at http://%s:%s/v1", name, host, socket.getsockname()[1])
             server.run([socket])
     except KeyboardInterrupt:
