@@ -198,6 +198,7 @@ def rewritten(bundle: Path, change: Callable[[dict[str, bytes]], None]) -> None:
 SEEN: set[int] = set()
 
 
+@pytest.mark.slow
 @given(data=st.data(), kind=st.sampled_from(KINDS), at=st.integers(0, 10_000))
 @hypothesis_settings(
     max_examples=500,
@@ -229,6 +230,7 @@ def test_both_come_to_the_same_verdict(
     assert verdict_of_other(verifier, bundle) == expected
 
 
+@pytest.mark.slow
 def test_every_verdict_was_among_them() -> None:
     """Runs after the test above: bundles of one verdict alone would show little."""
     assert {*map(int, (Verdict.FINE, Verdict.VIOLATION, Verdict.TAMPERED, Verdict.INCOMPLETE, Verdict.OVER_BUDGET)), 14} <= SEEN
