@@ -16,6 +16,7 @@ from torch import Tensor
 from metamoe.client.expert import train_expert
 from metamoe.common.compute import ON_CPU, Place, device_of
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private
 from metamoe.common.data.pixels import batches
 from metamoe.common.data.tasks import class_names, features, predictions, samples_of
@@ -104,10 +105,10 @@ def test_an_expert_and_a_router(reduced: Settings, gpu: Place) -> None:
     experts, routers = [], []
     for place in (ON_CPU, gpu):
         seed = seed_at("glyphs", place)
-        expert = train_expert(seed, own, 0, [data], class_names(data), lambda _done, _total: None)
+        expert = train_expert(seed, own, 0, [data], class_names(data), unwatched)
         experts.append(direction(expert))
         model = unified(seed, own, 0.4)
-        train_router(model, seed, own, [data, data, data, data], lambda _done, _total: None)
+        train_router(model, seed, own, [data, data, data, data], unwatched)
         routers.append(
             torch.cat([model.routers[0].rows.detach().flatten().cpu(), model.routers[0].context.detach().cpu()[None]])
         )

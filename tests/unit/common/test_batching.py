@@ -14,6 +14,7 @@ from metamoe.client.expert import train_expert
 from metamoe.common.batching import Fitting, by_tokens
 from metamoe.common.compute import Place
 from metamoe.common.config import Settings
+from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private
 from metamoe.common.data.pixels import Pixels, all_pixels, batches, pixel_values
 from metamoe.common.data.tasks import Parts, TextSamples, class_names, features, predictions, samples_of
@@ -172,7 +173,7 @@ def test_an_expert_is_the_same_where_its_batches_did_not_fit(
     data = load_private(settings, 0, "train")
 
     def trained() -> dict[str, Tensor]:
-        return train_expert(seed, settings, 0, [data], class_names(data), lambda _done, _total: None)
+        return train_expert(seed, settings, 0, [data], class_names(data), unwatched)
 
     whole = trained()
 
