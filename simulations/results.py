@@ -87,7 +87,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
         "model": summary["model"],
         "accuracy": accuracies,
         "public_accuracy": public,
-        "metrics": {m: {name: asdict(found) for name, found in by_set.items()} for m, by_set in metrics.items()},
+        "metrics": {m: {name: _plain(found) for name, found in by_set.items()} for m, by_set in metrics.items()},
         "worst_domain": worst,
         "routing": routing,
         "clients": summary["clients"],
@@ -128,6 +128,11 @@ def metric_rows(results: dict[str, Any], metric: Metric) -> list[list[str]]:
         return "" if value is None else f"{value:.2f}" if metric == "perplexity" else f"{value:.1f}"
 
     return [[method, *(cell(by_set[d][name]) for d in sets)] for method, by_set in results["metrics"].items()]
+
+
+def _plain(found: Metrics) -> dict[str, Any]:
+    """As it is read back from JSON, which has lists and no tuples."""
+    return {**asdict(found), "interval": list(found.interval)}
 
 
 def report(settings: Settings, results: dict[str, Any]) -> str:
