@@ -29,7 +29,11 @@ class Question:
 
 
 def tokenised(tokenizer: Any, data: config.Data, dataset: "Dataset") -> list[Question]:
-    """A data set's questions; of a prompt that is too long the end is kept, of an answer the beginning."""
+    """A data set's questions; of a prompt that is too long the end is kept, of an answer the beginning.
+
+    Raises:
+        DataFormatError: the tokenizer makes no token of a prompt or a choice.
+    """
     questions = []
     for row in dataset:
         turns = row.get("turns")
@@ -39,6 +43,8 @@ def tokenised(tokenizer: Any, data: config.Data, dataset: "Dataset") -> list[Que
         # beginning of a text.
         choices = [choice if chat else f" {choice}" for choice in row["choices"]]
         ids = [tokenizer(choice, add_special_tokens=False)["input_ids"][: data.answer_tokens] for choice in choices]
+        if unread := [text for text, tokens in zip([row["prompt"], *choices], [prompt, *ids], strict=True) if not tokens]:
+            raise DataFormatError(f"the seed's tokenizer makes no token of {unread[0]!r}; is it the seed's own?")
         questions.append(Question(prompt[-data.prompt_tokens :], ids, row["answer"]))
     return questions
 

@@ -11,10 +11,10 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import metamoe
-from metamoe.simulations.train_seed import tokenizer_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -32,11 +32,11 @@ def examples(tmp_path: Path) -> Path:
 def decoder(tmp_path: Path) -> Path:
     """A Qwen2 of twelve layers with random weights, in place of those that a test cannot download."""
     folder = tmp_path / "decoder"
-    tokenizer = tokenizer_for(["What goes with bread nail ? Answer : hammer saw oven pot"])
-    tokenizer.model_max_length = 512
+    letters = {letter: number for number, letter in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[], model_max_length=512)
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 12, "num_attention_heads": 2}
-    special = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 3}
+    special = {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(folder)
     return folder
@@ -85,7 +85,7 @@ def test_a_federation_of_three_organisations(examples: Path) -> None:
     finally:
         if (folder / "federation").exists():
             subprocess.run([Path(sys.executable).parent / "metamoe", "deploy", "down", "federation"], cwd=folder, check=False)
-    assert metamoe.open_run(folder / "run").model.experts == ["north", "south", "east", "seed"]
+    assert metamoe.open_run(folder / "federation" / "runs" / "first").model.experts == ["north", "south", "east", "seed"]
 
 
 def kinds(cell: nbformat.NotebookNode) -> list[list[str]]:

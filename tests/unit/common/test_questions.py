@@ -159,3 +159,12 @@ def test_long_prompts_keep_their_end_and_long_answers_their_beginning() -> None:
     data = Data(prompt_tokens=3, answer_tokens=2)
     (question,) = tokenised(words, data, [{"prompt": "1 2 3 4 5", "choices": ["6 7 8", "9"], "answer": 1}])
     assert (question.prompt, question.choices, question.answer) == ([3, 4, 5], [[6, 7], [9]], 1)
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named() -> None:
+    def numbers(text: str, **_options: bool) -> dict:
+        return {"input_ids": [int(word) for word in text.split() if word.isdigit()]}
+
+    for prompt, choices, named in (("1 2", ["3", "oven"], "' oven'"), ("bread", ["3"], "'bread'")):
+        with pytest.raises(DataFormatError, match=f"no token of {named}"):
+            tokenised(numbers, Data(), [{"prompt": prompt, "choices": choices, "answer": 0}])
