@@ -8,10 +8,10 @@ from datasets import Dataset
 
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
-from metamoe.common.data.tasks import features, input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.gaussian import Moments, coordinate_rows, coordinates, oracle_shrunk, packed_shape, shape_of
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import all_evidence_paths, evidence_of, sample_features
+from metamoe.common.model.vectors import all_evidence_paths, evidence_of
 from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
@@ -67,9 +67,9 @@ def _shape(seed: Seed, settings: Settings, private: Dataset, public: Dataset) ->
 def _evidence(seed: Seed, settings: Settings, data: Dataset) -> Iterator[np.ndarray]:
     """What decisions look at, of samples in batches, [B, D] each. float64."""
     paths = all_evidence_paths(seed, settings.lora, settings.router)
-    for part in sample_features(seed.model, paths, input_batches(seed, settings.data, data)):
-        features = evidence_of(part.double().numpy(), settings.router)
-        yield features.reshape(len(features), -1)
+    for part in features(seed, seed.model, paths, settings.data, data):
+        looked_at = evidence_of(part.double().numpy(), settings.router)
+        yield looked_at.reshape(len(looked_at), -1)
 
 
 def _public_sample(settings: Settings, client: int, public: Dataset) -> Dataset:

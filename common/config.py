@@ -255,7 +255,7 @@ class Router(Section):
         0, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"
     )
     shape_pooled: Fraction = Field(0.5, description="share of all clients' mean covariance in each one's")
-    shape_identity: Fraction = Field(0.1, description="share of the public covariance in each one's, after that")
+    shape_identity: Fraction = Field(0.02, description="share of the public covariance in each one's, after that")
     proxy_weights: Literal["relevance", "equal"] = Field(
         "relevance", description="weights of the proxies in their mean, for vectors = proxy"
     )
@@ -265,7 +265,8 @@ class Router(Section):
     seed_log_odds: float = Field(
         -8.0,
         allow_inf_nan=False,
-        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples",
+        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples; 15 "
+        "for statistics = shape, whose experts are surer of themselves",
     )
     temperature: Positive = Field(
         1.0,
@@ -478,6 +479,15 @@ class Settings(Section):
                 "samples move by more than any bound on one sample's share; set router.vectors = seed or proxy"
             )
         by_classifier = self.proxies.relevance == "classifier" and self.proxies.selection != "random"
+        if self.router.mixing == "answers" and self.data.is_text:
+            raise ValueError(
+                f"router.mixing = answers is for images, not for data.source = {self.data.source}; set router.mixing = layers"
+            )
+        if self.privacy.vectors == "gaussian" and self.router.statistics == "shape":
+            raise ValueError(
+                "privacy.vectors = gaussian with router.statistics = shape: the noise covers means, and no covariance; set "
+                "router.statistics = mean"
+            )
         if self.privacy.vectors == "gaussian" and by_classifier:
             raise ValueError(
                 "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "

@@ -17,11 +17,10 @@ from metamoe.common.audit.policy import SIMULATION, policy_text
 from metamoe.common.audit.verify import Verdict, check_ledger, worst
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private, load_public, public_fingerprint
-from metamoe.common.data.tasks import input_batches
+from metamoe.common.data.tasks import features
 from metamoe.common.gaussian import public_coordinates, unpacked_shape
 from metamoe.common.model.artifact import load_model
 from metamoe.common.model.seed import load_seed
-from metamoe.common.model.vectors import sample_features
 from metamoe.common.presets import changed
 from metamoe.common.wire import Kind, RecordDict, Request
 from metamoe.server.stages import run_stages
@@ -39,13 +38,13 @@ def test_a_client_sends_the_covariance_of_its_samples(small: Settings, tmp_path:
     request = Request(settings, seed.fingerprint, public_fingerprint(settings.data), {})
     sent = answer("profile", request, Site(0, tmp_path, simulation=True))
 
-    def features(data: Dataset) -> np.ndarray:
-        parts = sample_features(seed.model, seed.ffn_paths[:2], input_batches(seed, settings.data, data))
+    def seen(data: Dataset) -> np.ndarray:
+        parts = features(seed, seed.model, seed.ffn_paths[:2], settings.data, data)
         whole = np.concatenate([part.double().numpy() for part in parts])
         return whole[:, -1] if settings.router.decide == "embedding" else whole[:, :2].reshape(len(whole), 32)
 
-    white = public_coordinates(settings.seed, settings.clients, features(load_public(settings.data)))
-    covariance = np.cov(white.white(features(load_private(settings, 0, "train"))).T, bias=True)
+    white = public_coordinates(settings.seed, settings.clients, seen(load_public(settings.data)))
+    covariance = np.cov(white.white(seen(load_private(settings, 0, "train"))).T, bias=True)
     found = unpacked_shape(sent["seed-shape"], settings.router.shape_rank, len(covariance)).covariance()
     # The trace survives shrinkage and the cut to a few directions.
     np.testing.assert_allclose(np.trace(found), np.trace(covariance), rtol=1e-2)
