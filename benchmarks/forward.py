@@ -18,7 +18,7 @@ from metamoe.common.model.lora import expert_shapes
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import evidence_paths
+from metamoe.common.model.vectors import evidence_width
 from metamoe.common.presets import validated
 
 Row = dict[str, float | str]
@@ -101,7 +101,7 @@ def unified_model(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
         for _ in range(experts)
     ]
     rng = np.random.default_rng(0)
-    width = len(evidence_paths(seed, settings.lora, settings.router)[0]) * seed.width
+    width = evidence_width(seed, settings.lora, settings.router)
     count = len(settings.expert_names)
     routers = [RouterWeights(rng.normal(size=(count, width)), np.zeros(count), settings.router.context)]
     model = UnifiedModel(seed, made, config.Lora(first_layer=1), settings.router, routers)

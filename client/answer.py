@@ -12,7 +12,7 @@ from filelock import FileLock
 from metamoe.client.deliver import store_and_evaluate
 from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
-from metamoe.client.policy import policy_of
+from metamoe.client.policy import permitted, policy_of
 from metamoe.client.private import private_samples
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
@@ -74,7 +74,8 @@ def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray
     arrays = {"client": np.array(site.client)} | profile(
         seed, settings, site.client, private, public, site.noise(settings.seed, 1)
     )
-    return {artifact.name: arrays[artifact.name] for artifact in reply_artifacts("profile", settings, seed)}
+    artifacts = permitted(policy_of(site), reply_artifacts("profile", settings, seed))
+    return {artifact.name: arrays[artifact.name] for artifact in artifacts}
 
 
 def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 
 from metamoe.client.outbox import Answer, Outbox
-from metamoe.client.policy import policy_of
+from metamoe.client.policy import permitted, policy_of
 from metamoe.client.private import private_hash
 from metamoe.client.site import Site, site_of
 from metamoe.common.audit.code import code_hash
@@ -132,7 +132,7 @@ def _answered(
         answer = Answer(kept.arrays, _for_the_audit(kind, terms, ledger))
     # Lost from the outbox it may be computed anew, if it comes to the same; noise never would.
     if answer is None and released and not spent and not outbox.holds(kind):
-        answer = Answer(decode_reply(respond(content), _artifacts(kind, terms)), _for_the_audit(kind, terms, ledger))
+        answer = Answer(decode_reply(respond(content), _artifacts(kind, terms, policy)), _for_the_audit(kind, terms, ledger))
     if answer and (first := released.get(digest_of(array_entries(answer.arrays | answer.audit)))):
         others = [entry for entry in ledger.run(run) if entry not in released.values()]
         check_request(policy, terms.settings, [array.name for array in first.arrays], others)
@@ -211,7 +211,7 @@ def _checked(
     where they are kept from before.
     """
     settings, run = terms.settings, terms.envelope.run
-    artifacts = _artifacts(kind, terms)
+    artifacts = _artifacts(kind, terms, policy)
     names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
     entries = ledger.run(run)
     check_request(policy, settings, names, entries)
@@ -223,8 +223,8 @@ def _checked(
     return arrays
 
 
-def _artifacts(kind: Kind, terms: Request) -> list[Artifact]:
-    return reply_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model))
+def _artifacts(kind: Kind, terms: Request, policy: Policy) -> list[Artifact]:
+    return permitted(policy, reply_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model)))
 
 
 def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Stage 1 at the client: what it says about its private samples, as the frozen seed sees them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -7,8 +9,9 @@ from datasets import Dataset
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
 from metamoe.common.data.tasks import features
+from metamoe.common.gaussian import Moments, coordinate_rows, coordinates, oracle_shrunk, packed_shape, shape_of
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import all_evidence_paths
+from metamoe.common.model.vectors import all_evidence_paths, evidence_of
 from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
@@ -30,8 +33,9 @@ def profile(
 
     Returns:
         ``seed-routing-vector`` [d]: mu_p, the mean of the seed's embedding over the private samples; ``seed-ffn-inputs``
-        [P, d]: the means of the FFN inputs at which routers look; ``relevance-classifier`` [d + 1], only if the settings
-        ask for it: see :func:`relevance_classifier`. float32.
+        [P, d]: the means of the FFN inputs at which routers look; and, only if the settings ask for them,
+        ``relevance-classifier`` [d + 1]: see :func:`relevance_classifier`, and ``seed-shape``: see :func:`_shape`. float32,
+        the shape float16.
     """
     features = _features(seed, settings, private)
     if settings.privacy.vectors == "gaussian":
@@ -44,7 +48,28 @@ def profile(
     if settings.proxies.relevance == "classifier":
         others = _features(seed, settings, _public_sample(settings, client, public))
         arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
+    sent = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return sent | {"seed-shape": _shape(seed, settings, private, public)} if settings.router.statistics == "shape" else sent
+
+
+def _shape(seed: Seed, settings: Settings, private: Dataset, public: Dataset) -> np.ndarray:
+    """The shape of what decisions look at, as it is sent (:func:`metamoe.common.gaussian.packed_shape`): the covariance over
+    the private samples in white coordinates, shrunk as far as their number asks for, all of it or its principal directions.
+    """
+    rows = coordinate_rows(settings.seed, settings.clients, len(public))
+    white = coordinates(np.concatenate(list(_evidence(seed, settings, public.select(rows)))))
+    moments = Moments(len(white.centre))
+    for batch in _evidence(seed, settings, private):
+        moments.add(white.white(batch))
+    return packed_shape(shape_of(oracle_shrunk(moments.covariance(), moments.count), settings.router.shape_rank))
+
+
+def _evidence(seed: Seed, settings: Settings, data: Dataset) -> Iterator[np.ndarray]:
+    """What decisions look at, of samples in batches, [B, D] each. float64."""
+    paths = all_evidence_paths(seed, settings.lora, settings.router)
+    for part in features(seed, seed.model, paths, settings.data, data):
+        looked_at = evidence_of(part.double().numpy(), settings.router)
+        yield looked_at.reshape(len(looked_at), -1)
 
 
 def _public_sample(settings: Settings, client: int, public: Dataset) -> Dataset:

@@ -230,8 +230,10 @@ class Experts(Section):
 class Router(Section):
     """The context-aware router and how it decides."""
 
-    decide: Literal["once", "per-layer"] = Field(
-        "once", description="once: at the lowest layer with experts, held for those above; per-layer: the paper's"
+    decide: Literal["once", "per-layer", "embedding"] = Field(
+        "once",
+        description="once: at the lowest layer with experts, held for those above; per-layer: the paper's; embedding: on the "
+        "seed's, for which it runs once without experts first",
     )
     evidence: Literal["prefix", "layer"] = Field(
         "prefix", description="what a decision looks at: the FFN inputs of all layers up to its own, or of its own alone"
@@ -244,6 +246,16 @@ class Router(Section):
         description="seed: a client's private mean in the frozen seed; private: the mean of what trained its expert, in the "
         "expert (the paper's); proxy: the mean of its proxies in its expert, for which it sends nothing",
     )
+    statistics: Literal["mean", "shape"] = Field(
+        "mean",
+        description="what a client says of its samples: their mean, or also their shape, a covariance in coordinates in which "
+        "the public set is white, for scores that are Gaussian log-likelihoods in place of Fisher's linear ones",
+    )
+    shape_rank: int = Field(
+        0, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"
+    )
+    shape_pooled: Fraction = Field(0.5, description="share of all clients' mean covariance in each one's")
+    shape_identity: Fraction = Field(0.02, description="share of the public covariance in each one's, after that")
     proxy_weights: Literal["relevance", "equal"] = Field(
         "relevance", description="weights of the proxies in their mean, for vectors = proxy"
     )
@@ -253,7 +265,8 @@ class Router(Section):
     seed_log_odds: float = Field(
         -8.0,
         allow_inf_nan=False,
-        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples",
+        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples; 15 "
+        "for statistics = shape, whose experts are surer of themselves",
     )
     temperature: Positive = Field(
         1.0,
@@ -261,6 +274,11 @@ class Router(Section):
         "same share a sample more evenly",
     )
     top_k: Count = Field(2, description="experts that compute each token (k)")
+    mixing: Literal["layers", "answers"] = Field(
+        "layers",
+        description="layers: the chosen experts are mixed in every layer, in one pass; answers: each runs alone, and their "
+        "probabilities are averaged, in as many passes",
+    )
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
     context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
     learn_context: bool = Field(True, description="train lambda too")
@@ -272,6 +290,21 @@ class Router(Section):
         if self.decide == "per-layer" and self.vectors == "seed":
             raise ValueError(
                 "router.vectors = seed needs router.decide = once: above the lowest layer, states are the experts'"
+            )
+        if self.decide == "embedding" and self.vectors != "seed":
+            raise ValueError(
+                f"router.decide = embedding with router.vectors = {self.vectors}: the embedding is the seed's, and so must "
+                "means of it be; set router.vectors = seed"
+            )
+        if self.statistics == "shape" and (self.vectors != "seed" or self.rows != "fisher"):
+            raise ValueError(
+                f"router.statistics = shape with router.vectors = {self.vectors} and router.rows = {self.rows}: a shape is of "
+                "what the seed makes of private samples, beside their mean; set vectors = seed and rows = fisher"
+            )
+        if self.mixing == "answers" and (self.decide == "per-layer" or self.context != 1 or self.learn_context):
+            raise ValueError(
+                "router.mixing = answers needs one decision a sample: set router.decide = once or embedding, "
+                "router.context = 1 and router.learn-context = false"
             )
         return self
 
@@ -446,6 +479,15 @@ class Settings(Section):
                 "samples move by more than any bound on one sample's share; set router.vectors = seed or proxy"
             )
         by_classifier = self.proxies.relevance == "classifier" and self.proxies.selection != "random"
+        if self.router.mixing == "answers" and self.data.is_text:
+            raise ValueError(
+                f"router.mixing = answers is for images, not for data.source = {self.data.source}; set router.mixing = layers"
+            )
+        if self.privacy.vectors == "gaussian" and self.router.statistics == "shape":
+            raise ValueError(
+                "privacy.vectors = gaussian with router.statistics = shape: the noise covers means, and no covariance; set "
+                "router.statistics = mean"
+            )
         if self.privacy.vectors == "gaussian" and by_classifier:
             raise ValueError(
                 "privacy.vectors = gaussian with proxies.relevance = classifier: a classifier fitted to private samples is not "

@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from metamoe.common.audit.entries import FIRST, Digest, Identifier, Receipt
 from metamoe.common.config import Settings
 from metamoe.common.errors import ProtocolError, VersionMismatchError, first_problem
+from metamoe.common.gaussian import shape_rank, shape_size
 from metamoe.common.model.lora import expert_shapes
 from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.model.vectors import all_evidence_paths, evidence_paths
+from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, evidence_width
 from metamoe.common.presets import validated
 
-PROTOCOL = 8
+PROTOCOL = 9
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
@@ -43,11 +44,12 @@ _LOW_BITS = np.uint32((1 << (23 - MANTISSA_BITS)) - 1)
 
 @dataclass(frozen=True)
 class Artifact:
-    """One array that may cross."""
+    """One array that may cross; one that is optional a client's policy can withhold, and the run goes on."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    optional: bool = False
 
     @property
     def bytes(self) -> int:
@@ -93,13 +95,17 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
     match kind:
         case "profile":
             artifacts = [Artifact("client", "int64", ())]
-            if settings.proxies.selection != "random":
-                if settings.proxies.relevance == "fisher":
-                    artifacts.append(Artifact("seed-routing-vector", "float32", (seed.width,)))
-                else:
-                    artifacts.append(Artifact("relevance-classifier", "float32", (seed.width + 1,)))
-            if settings.router.vectors == "seed" and settings.router.rows != "fresh":
+            proxies, routed = settings.proxies, settings.router.vectors == "seed" and settings.router.rows != "fresh"
+            on_embedding = settings.router.decide == "embedding"
+            if (proxies.selection != "random" and proxies.relevance == "fisher") or (routed and on_embedding):
+                artifacts.append(Artifact("seed-routing-vector", "float32", (seed.width,)))
+            if proxies.selection != "random" and proxies.relevance == "classifier":
+                artifacts.append(Artifact("relevance-classifier", "float32", (seed.width + 1,)))
+            if routed and not on_embedding:
                 artifacts.append(Artifact("seed-ffn-inputs", "float32", _vectors_shape(settings, seed)))
+            if settings.router.statistics == "shape":
+                size = shape_size(settings.router.shape_rank, evidence_width(seed, settings.lora, settings.router))
+                artifacts.append(Artifact("seed-shape", "float16", (size,), optional=True))
             return artifacts
         case "expert":
             matrices = [Artifact(name, "float16", shape) for name, shape in expert_shapes(seed, settings.lora).items()]
@@ -119,21 +125,23 @@ def request_artifacts(kind: Kind, settings: Settings, seed: Seed, experts: int |
         case "expert":
             return [Artifact("proxies", "int64", (settings.proxies.count,))]
         case "deliver":
-            rows = count + settings.router.seed_expert
-            routers = [
-                part
-                for i, paths in enumerate(evidence_paths(seed, settings.lora, settings.router))
-                for part in (
-                    Artifact(f"router.{i}.rows", "float32", (rows, len(paths) * seed.width)),
-                    Artifact(f"router.{i}.biases", "float32", (rows,)),
-                    Artifact(f"router.{i}.context", "float32", ()),
-                )
-            ]
+            deciding = range(len(evidence_paths(seed, settings.lora, settings.router)))
+            routers = [part for i in deciding for part in _router_artifacts(f"router.{i}", count, settings, seed)]
             shapes = expert_shapes(seed, settings.lora)
             matrices = [
                 Artifact(f"expert.{k}.{name}", "float16", shape) for k in range(count) for name, shape in shapes.items()
             ]
             return routers + matrices
+
+
+def _router_artifacts(name: str, experts: int, settings: Settings, seed: Seed) -> list[Artifact]:
+    router = settings.router
+    rows, width = experts + router.seed_expert, evidence_width(seed, settings.lora, router)
+    shapes: dict[str, tuple[int, ...]] = {"rows": (rows, width), "biases": (rows,), "context": ()}
+    if router.statistics == "shape":
+        factors = (rows, shape_rank(router.shape_rank, width), width)
+        shapes |= {"centre": (width,), "projection": (width, width), "scales": (rows, width), "factors": factors}
+    return [Artifact(f"{name}.{part}", "float32", shape) for part, shape in shapes.items()]
 
 
 def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
@@ -283,6 +291,8 @@ def decode_arrays(content: RecordDict, artifacts: Sequence[Artifact], record: st
     decoded = {}
     for artifact in artifacts:
         if artifact.name not in arrays:
+            if artifact.optional:
+                continue
             raise ProtocolError(f"array {artifact.name!r} is missing")
         decoded[artifact.name] = _decode(arrays[artifact.name], artifact)
     return decoded

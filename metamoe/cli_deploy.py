@@ -151,7 +151,10 @@ def _follow(folder: Path, settings: Settings, target: Path) -> None:
     with live(settings, target, notes):
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"
-    for missing in json.loads(summary.read_text())["missing"]:
+    found = json.loads(summary.read_text())
+    for name in found["mean_alone"]:
+        console.print(f"[yellow]by its mean alone[/yellow]: {name}: its policy allows no seed-shape", soft_wrap=True)
+    for missing in found["missing"]:
         reason = with_names(folder, missing["reason"])
         console.print(f"[yellow]missing[/yellow]: {missing['name']} ({missing['stage']}): {reason}", soft_wrap=True)
     console.print(f"model: {target / 'model'}\nwhat each client sent: {summary}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def predict_images(
     for image in images:
         pixels = pixel_values(loaded.seed, [read_image(image, loaded.manifest.background)])
         with loaded.seed.place.computing():
-            pooled, decisions = loaded.model(pixels)
-            probabilities = class_logits(loaded.model.backbone, pooled, texts).softmax(1)[0]
+            scores, decisions = loaded.model.answers(pixels, partial(class_logits, loaded.model.backbone, texts=texts))
+            probabilities = scores.softmax(1)[0]
         best = probabilities.topk(min(top, len(names)))
         chosen = torch.cat([decision.argmax(-1).flatten() for decision in decisions])
         shares = torch.bincount(chosen, minlength=len(experts)) / len(chosen)

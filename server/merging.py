@@ -11,8 +11,10 @@ from scipy.linalg import solve_triangular
 
 from metamoe.common.config import Settings
 from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.gaussian import Shape, merged_shape, public_coordinates
 from metamoe.common.model.lora import Expert, rounded
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import evidence_of
 from metamoe.server.experts import ADAPTER, store_expert
 from metamoe.server.proxies import Selection
 
@@ -22,13 +24,14 @@ _COVARIANCE_SAMPLES = 4_000
 @dataclass(frozen=True)
 class Contribution:
     """What becomes one expert of the unified model: its name, where its matrices lie, routing vectors [P, d] if there are any,
-    and proxies.
+    proxies, and its shape if there is one.
     """
 
     name: str
     folder: Path
     vectors: np.ndarray | None
     selection: Selection
+    shape: Shape | None = None
 
 
 def clusters(vectors: np.ndarray, covariance: np.ndarray | None, count: int) -> list[list[int]]:
@@ -123,9 +126,19 @@ def merge(
         mean = np.mean(vectors, axis=0) if vectors else None
         store_expert(folder, seed, settings.lora, arrays if mean is None else arrays | {"routing-vectors": mean})
         selection = merged_selection([member.selection for member in members], settings.proxies.count)
-        parts.append(Contribution(name, folder, mean, selection))
+        parts.append(Contribution(name, folder, mean, selection, _merged_shape(members, settings, features)))
         merged[name] = [member.name for member in members]
     return parts, merged
+
+
+def _merged_shape(members: Sequence[Contribution], settings: Settings, features: np.ndarray) -> Shape | None:
+    """The shape of those that have one, together; None if none has."""
+    known = [(part.vectors.ravel(), part.shape) for part in members if part.vectors is not None and part.shape is not None]
+    if not known:
+        return None
+    means, shapes = zip(*known, strict=True)
+    white = public_coordinates(settings.seed, settings.clients, evidence_of(features, settings.router))
+    return merged_shape(white.white(np.stack(means)), shapes, settings.router.shape_rank)
 
 
 def _compared(sent: Sequence[Contribution], features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

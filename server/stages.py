@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from metamoe.common.arrays import arrays_hash
 from metamoe.common.audit.entries import settings_hash
@@ -18,9 +20,10 @@ from metamoe.common.data.datasets import check_domains, known_classes, load_publ
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
 from metamoe.common.files import alone, disk_errors, write_json
+from metamoe.common.gaussian import Shape, unpacked_shape
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
 from metamoe.common.model.seed import seed_at
-from metamoe.common.model.vectors import all_evidence_paths
+from metamoe.common.model.vectors import all_evidence_paths, evidence_of
 from metamoe.server.embedding import public_features
 from metamoe.server.exchange import Ask, Exchange
 from metamoe.server.experts import stored_arrays, stored_expert, stored_vectors
@@ -103,8 +106,9 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                     Contribution(
                         names[k],
                         state.expert_folder(names[k]),
-                        profiles[k].get("seed-ffn-inputs", stored_vectors(state.expert_folder(names[k]))),
+                        _vectors(profiles[k], settings, state.expert_folder(names[k])),
                         selections[names[k]],
+                        _shape(profiles[k], settings, features),
                     )
                     for k in exchange.members
                 ]
@@ -112,7 +116,8 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                 experts = [stored_expert(part.folder)[0] for part in parts]
                 vectors, proxies = [part.vectors for part in parts], [public.select(part.selection.ids) for part in parts]
                 scores = [part.selection.scores for part in parts]
-                routers = initial_routers(seed, settings, features[:, :-1], proxies, scores, experts, vectors)
+                shapes, evidence = [part.shape for part in parts], evidence_of(features, router)
+                routers = initial_routers(seed, settings, evidence, proxies, scores, experts, vectors, shapes)
                 samples = router_samples(settings, public, proxies)
                 kept = out / "server" / "training"
                 weights = unify(seed, settings, experts, routers, samples, partial(events, "unify"), kept / _key(parts))
@@ -136,6 +141,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             {
                 "model": manifest.model_hash,
                 "clients": [asdict(transfer) for transfer in exchange.transfers],
+                "mean_alone": [names[k] for k in profiles if router.statistics == "shape" and "seed-shape" not in profiles[k]],
                 "missing": [asdict(missing) for missing in exchange.missing],
                 "merged": state.notes("unify")[-1]["merged"],
                 "timings": state.times("wall"),
@@ -144,6 +150,21 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                 "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},
             },
         )
+
+
+def _vectors(profile: Mapping[str, np.ndarray], settings: Settings, expert: Path) -> np.ndarray | None:
+    """A client's routing vectors [P, d], wherever it sent them; None if it sent none."""
+    router = settings.router
+    if router.decide == "embedding" and router.rows != "fresh":
+        return profile["seed-routing-vector"][None]
+    return profile.get("seed-ffn-inputs", stored_vectors(expert))
+
+
+def _shape(profile: Mapping[str, np.ndarray], settings: Settings, features: np.ndarray) -> Shape | None:
+    if "seed-shape" not in profile:
+        return None
+    width = evidence_of(features[0], settings.router).size
+    return unpacked_shape(profile["seed-shape"], settings.router.shape_rank, width)
 
 
 def _key(parts: Sequence[Contribution]) -> str:

@@ -15,14 +15,15 @@ from metamoe.common.curve import Curve, Progress
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import Parts, class_names, features, samples_of
 from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.gaussian import Shape, public_coordinates, regularised, shape_rank
 from metamoe.common.model.artifact import UnifiedWeights
 from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import Tokens
 from metamoe.common.model.lora import Expert, rounded, with_lora
 from metamoe.common.model.moe import UnifiedModel
-from metamoe.common.model.router import RouterWeights
+from metamoe.common.model.router import Quadratic, RouterWeights
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, router_rows, routing_vectors
+from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, evidence_width, router_rows, routing_vectors
 from metamoe.server.relevance import tempered_weights
 
 _STAGE = 3
@@ -40,22 +41,26 @@ def initial_routers(
     scores: Sequence[np.ndarray],
     experts: Sequence[Expert],
     vectors: Sequence[np.ndarray | None],
+    shapes: Sequence[Shape | None] = (),
 ) -> list[RouterWeights]:
     """Routers as they start, one for each layer that decides.
 
     Args:
         seed, settings: the run's.
-        public: the public samples' mean FFN inputs in the seed, [n, P, d]: their covariance makes Fisher rows, their mean is
-            the seed's own routing vector. Without either, it is not looked at.
+        public: what decisions look at, of the public samples in the seed, [n, P, d]: its covariance makes Fisher rows, its mean
+            is the seed's own routing vector. Without either, it is not looked at.
         proxies: each client's.
         scores: their log-odds, [m] each.
         experts: each client's.
         vectors: each client's routing vectors [P, d]; without them, the means over its proxies in its expert are taken.
+        shapes: each client's, for ``router.statistics = "shape"``.
     """
     router = settings.router
+    if router.statistics == "shape":
+        return [_gaussian_router(settings, public, np.stack([v for v in vectors if v is not None]), shapes)]
     rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
     groups = evidence_paths(seed, settings.lora, router)
-    count, width = len(experts) + router.seed_expert, len(groups[0]) * seed.width
+    count, width = len(experts) + router.seed_expert, evidence_width(seed, settings.lora, router)
     if router.rows == "fresh":
         random = [rng.normal(scale=_FRESH_SCALE, size=(count, width)) for _ in groups]
         return [RouterWeights(rows, np.zeros(count), router.context) for rows in random]
@@ -80,6 +85,21 @@ def initial_routers(
             biases[-1] += router.seed_log_odds
         weights.append(RouterWeights(rows, biases, router.context))
     return weights
+
+
+def _gaussian_router(
+    settings: Settings, public: np.ndarray, vectors: np.ndarray, shapes: Sequence[Shape | None]
+) -> RouterWeights:
+    """The one router of decisions by Gaussians; see :func:`metamoe.common.gaussian.regularised`."""
+    router, means = settings.router, vectors.reshape(len(vectors), -1)
+    white = public_coordinates(settings.seed, settings.clients, public)
+    rank = shape_rank(router.shape_rank, means.shape[1])
+    found = regularised(means, shapes, white, rank, router.shape_pooled, router.shape_identity, router.seed_expert)
+    biases = found.biases.copy()
+    if router.seed_expert:
+        biases[-1] += router.seed_log_odds
+    quadratic = Quadratic(found.centre, found.projection, found.scales, found.factors)
+    return RouterWeights(found.means, biases, router.context, quadratic)
 
 
 def _proxy_vectors(seed: Seed, settings: Settings, expert: Expert, proxies: Dataset, scores: np.ndarray) -> np.ndarray:

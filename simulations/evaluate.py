@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from datasets import Dataset
@@ -57,8 +57,7 @@ def answers_and_routing(model: UnifiedModel, samples: Samples) -> tuple[Answered
     counts: list[Tensor] = []
 
     def scores(batch: Batch) -> Tensor:
-        encoded, decisions = model(batch.inputs)
-        found = batch.scores(model.backbone, encoded)
+        found, decisions = model.answers(batch.inputs, partial(batch.scores, model.backbone))
         # Last: a batch that does not fit is tried again in parts, and counts once.
         counts.append(torch.stack([_most_likely(decision, batch.inputs) for decision in decisions]))
         return found

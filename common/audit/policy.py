@@ -25,12 +25,17 @@ ArtifactKind = Literal[
     "client",
     "seed-routing-vector",
     "seed-ffn-inputs",
+    "seed-shape",
     "relevance-classifier",
     "routing-vectors",
     "expert",
     "accuracy",
     "ledger",
 ]
+_ARRAYS: tuple[ArtifactKind, ...] = (
+    *("client", "seed-routing-vector", "seed-ffn-inputs", "seed-shape", "relevance-classifier", "routing-vectors", "accuracy"),
+)
+"""Kinds that are one array of that name."""
 _LEDGER_ARRAYS = ("audit-key", "ledger-root", "ledger-signature")
 
 
@@ -127,6 +132,7 @@ DEFAULT = Policy(
 SIMULATION = Policy(
     allow=dict(DEFAULT.allow)
     | {
+        "seed-shape": Rule(purpose="routing: how the samples scatter about their mean tells domains apart that lie close"),
         "relevance-classifier": Rule(purpose="proxy selection as in the paper's Appendix A", max_norm=1e6),
         "routing-vectors": Rule(purpose="routing as in the paper"),
         "accuracy": Rule(purpose="the table of results"),
@@ -175,7 +181,7 @@ def kind_of_array(name: str) -> ArtifactKind:
         return "ledger"
     if name.endswith((".lora_A.weight", ".lora_B.weight")):
         return "expert"
-    for kind in ("client", "seed-routing-vector", "seed-ffn-inputs", "relevance-classifier", "routing-vectors", "accuracy"):
+    for kind in _ARRAYS:
         if name == kind:
             return kind
     raise PolicyError(f"array {name!r} is no artifact that a policy knows")

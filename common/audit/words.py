@@ -40,6 +40,13 @@ EXPLAINED: dict[ArtifactKind, Words] = {
         _ALL,
         "the same as the seed routing vector: they are statistics of the same samples",
     ),
+    "seed-shape": Words(
+        "the shape of this client's data, as the seed model sees it: in which directions it scatters, and how far",
+        "the covariance of the frozen seed model's features, shrunk, all of it or its largest directions",
+        _ALL,
+        "more than the mean: how much the samples differ and what differs together, so more of the mix of their kinds, and of "
+        "single ones far from the rest; of fewer samples than it has directions, how many there are",
+    ),
     "relevance-classifier": Words(
         "a linear classifier that tells private from public samples",
         "logistic regression on the seed model's embeddings",

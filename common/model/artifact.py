@@ -3,7 +3,9 @@
 ::
 
     manifest.json                      format, seed, settings, class names, SHA-256 of every other file
-    router.safetensors                 <i>.rows [K, E d], <i>.biases [K], <i>.context [] of the i-th layer that decides
+    router.safetensors                 <i>.rows [K, D], <i>.biases [K], <i>.context [] of the i-th decision, on D features;
+                                       of Gaussian ones also <i>.centre [D], <i>.projection [D, D], <i>.scales [K, D] and
+                                       <i>.factors [K, r, D]
     experts/<name>/                    adapter_config.json, adapter_model.safetensors: a stock PEFT adapter
     README.md                          the model card, for people and hubs; no hash covers it
 """
@@ -13,9 +15,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FieldSerializationInfo, ValidationError, field_serializer
 from safetensors.numpy import load_file, save_file
 
 from metamoe.common import config
@@ -25,10 +28,13 @@ from metamoe.common.files import replaced_folder, write_atomically, write_json
 from metamoe.common.model.card import CARD, model_card, seed_licence
 from metamoe.common.model.lora import Expert, load_adapter, save_adapter
 from metamoe.common.model.moe import UnifiedModel
-from metamoe.common.model.router import RouterWeights
+from metamoe.common.model.router import Quadratic, RouterWeights
 from metamoe.common.model.seed import Seed, seed_at, seed_place
 
-FORMAT = 5
+FORMAT = 6
+_OLDER = 5
+_SINCE_6 = {"statistics", "shape_rank", "shape_pooled", "shape_identity", "mixing"}
+"""Settings of the router that format 5 does not have. A model that does without them is written in that format."""
 MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
@@ -72,6 +78,11 @@ class Manifest(BaseModel):
     block_words: int = 64
     files: dict[str, str]
 
+    @field_serializer("router")
+    def _in_its_format(self, router: config.Router, info: FieldSerializationInfo) -> dict[str, Any]:
+        left_out = _SINCE_6 if self.format == _OLDER else None
+        return router.model_dump(mode="json", by_alias=bool(info.by_alias), exclude=left_out)
+
     @property
     def expert_names(self) -> list[str]:
         """Names of what the router chooses among: the experts, and the seed if it is one more."""
@@ -114,7 +125,7 @@ def save_model(
         save_file(router_arrays(weights.routers), new / _ROUTER)
         files = {str(f.relative_to(new)): _sha256(f) for f in sorted(new.rglob("*")) if f.is_file()}
         manifest = Manifest(
-            format=FORMAT,
+            format=_format_of(settings.router),
             seed_model=settings.seed_model,
             seed_fingerprint=seed.fingerprint,
             experts=names,
@@ -151,8 +162,8 @@ def read_manifest(folder: Path) -> Manifest:
         text = (folder / MANIFEST).read_bytes()
         # Before anything else: a manifest of another format has other fields.
         found = _Format.model_validate_json(text).format
-        if found != FORMAT:
-            raise ModelFileError(f"{folder / MANIFEST} has format {found}; this version reads {FORMAT}")
+        if found not in (_OLDER, FORMAT):
+            raise ModelFileError(f"{folder / MANIFEST} has format {found}; this version reads {_OLDER} and {FORMAT}")
         return Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         raise ModelFileError(
@@ -208,20 +219,29 @@ def load_model(folder: Path, at: Place | None = None) -> Loaded:
     return Loaded(model, seed, manifest)
 
 
+def _format_of(router: config.Router) -> int:
+    """The lowest format that has all these settings."""
+    new = any(getattr(router, name) != config.Router.model_fields[name].default for name in _SINCE_6)
+    return FORMAT if new or router.decide == "embedding" else _OLDER
+
+
 def router_arrays(routers: list[RouterWeights]) -> dict[str, np.ndarray]:
     """Routers as named float32 arrays; :func:`routers_from` is the inverse."""
-    return {
-        f"{i}.{part}": np.asarray(getattr(router, part), dtype=np.float32, order="C")
-        for i, router in enumerate(routers)
-        for part in ("rows", "biases", "context")
-    }
+    parts: dict[str, Any] = {}
+    for i, router in enumerate(routers):
+        parts |= {f"{i}.rows": router.rows, f"{i}.biases": router.biases, f"{i}.context": router.context}
+        if router.quadratic is not None:
+            parts |= {f"{i}.{name}": array for name, array in vars(router.quadratic).items()}
+    return {name: np.asarray(array, dtype=np.float32, order="C") for name, array in parts.items()}
 
 
 def routers_from(arrays: dict[str, np.ndarray]) -> list[RouterWeights]:
-    return [
-        RouterWeights(arrays[f"{i}.rows"], arrays[f"{i}.biases"], float(arrays[f"{i}.context"]))
-        for i in range(len(arrays) // 3)
-    ]
+    routers = []
+    for i in range(sum(name.endswith(".rows") for name in arrays)):
+        own = {name.removeprefix(f"{i}."): array for name, array in arrays.items() if name.startswith(f"{i}.")}
+        linear = own.pop("rows"), own.pop("biases"), float(own.pop("context"))
+        routers.append(RouterWeights(*linear, Quadratic(**own) if own else None))
+    return routers
 
 
 def _sha256(file: Path) -> str:

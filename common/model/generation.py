@@ -141,6 +141,8 @@ class Decoding:
         for layer in _layers(self._cache):
             layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
         self._cache.contexts = [(total[rows], count[rows]) for total, count in self._cache.contexts]
+        if self._cache.decision is not None:
+            self._cache.decision = self._cache.decision[rows]
 
     def _chosen(self, rows: list[_Row], encoded: Tensor, decisions: list[Tensor]) -> dict[int, Step]:
         logits = self._model.backbone.lm_head(encoded[:, -1])
@@ -172,4 +174,5 @@ def _joined(one: DecodingCache, two: DecodingCache) -> DecodingCache:
     for a, b in zip(_layers(one), _layers(two), strict=True):
         a.keys, a.values = together(a.keys, b.keys), together(a.values, b.values)
     contexts = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(one.contexts, two.contexts, strict=True)]
-    return DecodingCache(one.past, contexts)
+    decided = None if one.decision is None or two.decision is None else torch.cat([one.decision, two.decision])
+    return DecodingCache(one.past, contexts, decided)

@@ -4,7 +4,8 @@ Everything happens in one forward pass: base projections are computed once for a
 terms are added to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from metamoe.common import config
 from metamoe.common.errors import ModelStructureError
 from metamoe.common.model.batch import Batch
 from metamoe.common.model.ffn import form_of
-from metamoe.common.model.inputs import Inputs, encode
+from metamoe.common.model.gaussian_router import router_of
+from metamoe.common.model.inputs import Inputs, embed, encode
 from metamoe.common.model.lora import Expert, expert_layers
 from metamoe.common.model.router import DecodingCache, Groups, Route, Router, RouterWeights, RoutingState, route_of
 from metamoe.common.model.seed import Seed, share
@@ -65,10 +67,14 @@ class MoELayer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B, T, d] -> [B, T, d]."""
-        if self.router is not None:
-            self.state.decide(self.router, torch.cat([*self.state.below, z], dim=-1))
-            self.state.route = route_of(self.state.decisions[-1], self.top_k, self.renormalise)
-        route = self.state.route
+        state = self.state
+        if state.seed_alone:
+            out: Tensor = self.base(z)
+            return out
+        if self.router is not None and not state.given:
+            state.decide(self.router, torch.cat([*state.below, z], dim=-1))
+            state.route = route_of(state.decisions[-1], self.top_k, self.renormalise, state.slot)
+        route = state.route
         if z.requires_grad or route.weights.requires_grad or self.a[self.form.down].requires_grad:
             return self._masked(z, route)
         if z.device.type != "cpu":
@@ -108,11 +114,11 @@ class MoELayer(nn.Module):
             """out + (alpha / r) B low, of the expert in this slot."""
             return torch.baddbmm(out, low, b[name][:, slot].mT, alpha=self.scale)
 
-        total, lows = torch.zeros(()), []
-        for slot in range(self.top_k):
+        total, lows, count = torch.zeros(()), [], chosen.shape[1]
+        for slot in range(count):
             own = [plus(up, low(z, name, slot), name, slot) for name, up in ups.items()]
             value = self.form.hidden(self.base, own)
-            if self.top_k > 1:
+            if count > 1:
                 value = value * weights[:, slot].to(value.dtype)
             total = total + value if slot else value
             lows.append(low(value, self.form.down, slot))
@@ -121,8 +127,8 @@ class MoELayer(nn.Module):
         for slot, own_low in enumerate(lows):
             out = plus(out, own_low, self.form.down, slot)
         if down.bias is None:
-            return out if self.top_k > 1 else out * weights[:, 0].to(out.dtype)
-        if self.top_k == 1:
+            return out if count > 1 else out * weights[:, 0].to(out.dtype)
+        if count == 1:
             return (out + down.bias) * weights[:, 0].to(out.dtype)
         return out + (weights.sum(dim=1) * down.bias).to(out.dtype)
 
@@ -133,7 +139,7 @@ class MoELayer(nn.Module):
         ups = {name: getattr(self.base, name)(z) for name in self.form.ups}
         low = {name: self._all_a(z, name) for name in ups}
         hidden, low_down = [], []
-        for slot in range(self.top_k):
+        for slot in range(route.chosen.shape[-1]):
             gate, weight = gates[..., slot, :, :], route.weights[..., slot, None]
             own = [up + self._all_b(low[name] * gate.to(low[name].dtype), name) for name, up in ups.items()]
             value = self.form.hidden(self.base, own)
@@ -162,8 +168,9 @@ class MoELayer(nn.Module):
         ups = {name: getattr(self.base, name)(tokens) for name in self.form.ups}
         down = getattr(self.base, self.form.down)
         total, added = torch.zeros(()), list[tuple[slice, int, Tensor]]()
-        for slot in range(self.top_k):
-            own = ups if slot == self.top_k - 1 else {name: up.clone() for name, up in ups.items()}
+        count = groups.weights.shape[-1]
+        for slot in range(count):
+            own = ups if slot == count - 1 else {name: up.clone() for name, up in ups.items()}
             for name, up in own.items():
                 for expert, rows in groups.slices(slot):
                     if expert < self.count:
@@ -173,16 +180,16 @@ class MoELayer(nn.Module):
             for expert, rows in groups.slices(slot):
                 if expert < self.count:
                     low = hidden[rows] @ self.a[self.form.down][expert].T
-                    added.append((rows, expert, low if self.top_k == 1 else low.mul_(weights[rows])))
+                    added.append((rows, expert, low if count == 1 else low.mul_(weights[rows])))
             if slot:
                 total.addcmul_(hidden, weights)
             else:
                 # The one weight of top-1 is left for the end.
-                total = hidden if self.top_k == 1 else hidden.mul_(weights)
+                total = hidden if count == 1 else hidden.mul_(weights)
         out = nn.functional.linear(total, down.weight)
         for rows, expert, low in added:
             self._add(out[rows], low, self.form.down, expert)
-        if self.top_k == 1:
+        if count == 1:
             out = (out if down.bias is None else out.add_(down.bias)).mul_(groups.weights)
         elif down.bias is not None:
             out.add_(groups.weights.sum(dim=-1, keepdim=True) * down.bias)
@@ -215,7 +222,7 @@ class UnifiedModel(nn.Module):
         lora: their shape.
         router: how to route.
         routers: initial router of each layer that decides, lowest first: every layer with experts, or only the lowest if
-            ``router.decide`` is "once".
+            ``router.decide`` is "once"; or the one that decides on the embedding.
     """
 
     def __init__(
@@ -228,13 +235,15 @@ class UnifiedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = share(seed.model)
+        self._settings = router
         # Of text, a decision that is taken once is taken on the prompt and held.
         self._once = router.decide == "once"
+        self._decider = router_of(routers[0], router) if router.decide == "embedding" else None
         self.paths = expert_layers(seed, lora)
         for i, path in enumerate(self.paths):
             layer = MoELayer(self.backbone.get_submodule(path), experts, path, lora, router)
-            if i < len(routers):
-                layer.router = Router(routers[i], router)
+            if i < len(routers) and self._decider is None:
+                layer.router = router_of(routers[i], router)
             self.backbone.set_submodule(path, layer)
         self._observed: list[ObservedFFN] = []
         for path in evidence_paths(seed, lora, router)[0]:
@@ -251,10 +260,17 @@ class UnifiedModel(nn.Module):
 
     @property
     def routers(self) -> list[Router]:
+        if self._decider is not None:
+            return [self._decider]
         return [layer.router for layer in self.layers if layer.router is not None]
 
     def forward(
-        self, inputs: Inputs, mask: Tensor | None = None, cache: DecodingCache | None = None
+        self,
+        inputs: Inputs,
+        mask: Tensor | None = None,
+        cache: DecodingCache | None = None,
+        slot: int | None = None,
+        decision: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """What :func:`metamoe.common.model.inputs.encode` gives, and log pi [B, T, K] of each layer that decides.
 
@@ -262,6 +278,8 @@ class UnifiedModel(nn.Module):
             inputs: pixel values or text.
             mask: bool [B, T], true for an image's tokens that count in the context; None for all.
             cache: of a generation; for text.
+            slot: which of the chosen experts runs alone; None for all of them, mixed in the layers.
+            decision: log pi [B, 1, K], if it has been decided before.
         """
         inputs = inputs.to(self.backbone.device)
         if isinstance(inputs, Tensor):
@@ -270,15 +288,57 @@ class UnifiedModel(nn.Module):
             state = RoutingState(inputs.prompt, held=True, cache=cache)
         else:
             state = RoutingState(visible=inputs.visible, cache=cache)
+        state.slot = slot
+        if decision is None and self._decider is not None:
+            decision = self._decided(self._decider, inputs) if cache is None or cache.decision is None else cache.decision
+            if cache is not None:
+                cache.decision = decision
+        if decision is not None:
+            state.decisions.append(decision)
+            state.route = route_of(decision, self._settings.top_k, self._settings.renormalise, slot)
+            state.given = True
+        self._share(state)
+        return encode(self.backbone, inputs, cache.past if cache else None), state.decisions
+
+    def _share(self, state: RoutingState) -> None:
         for layer in self.layers:
             layer.state = state
         for observed in self._observed:
             observed.state = state
-        return encode(self.backbone, inputs, cache.past if cache else None), state.decisions
+
+    def _decided(self, router: Router, inputs: Inputs) -> Tensor:
+        """log pi [B, 1, K] on the seed's embedding."""
+        self._share(RoutingState(seed_alone=True))
+        with torch.no_grad():
+            embedding = embed(self.backbone, inputs)
+        decision: Tensor = router(embedding.unsqueeze(1))
+        return decision
+
+    def answers(self, inputs: Inputs, scores: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Scores of the model's answers, and log pi of each layer that decides.
+
+        Where experts are mixed in the layers, the scores of what the one pass gives. Where their answers are mixed: the
+        logarithms of sum_p pi_p softmax(s_p) over the top k experts, s_p the scores of expert p alone and pi renormalised
+        (c-BTM: Gururangan et al. 2023).
+
+        Args:
+            inputs: pixel values or text.
+            scores: of what :meth:`forward` gives, [B, C].
+        """
+        if self._settings.mixing == "layers":
+            encoded, decisions = self(inputs)
+            return scores(encoded), decisions
+        known, logs, decisions = None, [], list[Tensor]()
+        for slot in range(self._settings.top_k):
+            encoded, decisions = self(inputs, slot=slot, decision=known)
+            known = decisions[0]
+            logs.append(scores(encoded).log_softmax(-1))
+        weights = route_of(decisions[0], self._settings.top_k, True).weights.squeeze(1)
+        return torch.logsumexp(torch.stack(logs, -1) + weights.log().unsqueeze(1), -1), decisions
 
     def scores(self, batch: Batch) -> Tensor:
         """Scores of every class or choice [B, C]."""
-        return batch.scores(self.backbone, self(batch.inputs)[0])
+        return self.answers(batch.inputs, partial(batch.scores, self.backbone))[0]
 
     def experts(self) -> list[Expert]:
         """The experts' LoRA matrices as they are now, under their names in the adapter files."""

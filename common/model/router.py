@@ -21,10 +21,12 @@ class DecodingCache:
     Attributes:
         past: keys and values of attention.
         contexts: of each layer that decides, the sum of its context's inputs [B, E d] and their number [B, 1].
+        decision: log pi [B, 1, K], where it was decided before the experts ran.
     """
 
     past: DynamicCache = field(default_factory=DynamicCache)
     contexts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    decision: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ class Route:
         return self._groups
 
 
-def route_of(decision: Tensor, top_k: int, renormalise: bool) -> Route:
-    """The route of a decision log pi [B, T, K]."""
+def route_of(decision: Tensor, top_k: int, renormalise: bool, slot: int | None = None) -> Route:
+    """The route of a decision log pi [B, T, K]: to the ``top_k`` most likely experts, or to one of those alone."""
     weights, chosen = decision.exp().topk(top_k, dim=-1)
+    if slot is not None:
+        return Route(chosen[..., slot : slot + 1], torch.ones_like(weights[..., :1]))
     return Route(chosen, weights / weights.sum(dim=-1, keepdim=True) if renormalise else weights)
 
 
@@ -90,6 +94,9 @@ class RoutingState:
         decisions: every decision so far, log pi [B, T, K], or [B, 1, K] where all tokens of a sample share it.
         route: what follows from the last of them.
         cache: of a generation.
+        given: whether the decision is there before the layers run.
+        slot: which of the chosen experts runs alone; None for all of them, mixed.
+        seed_alone: whether no expert runs at all.
     """
 
     mask: Tensor | None = None
@@ -99,6 +106,9 @@ class RoutingState:
     decisions: list[Tensor] = field(default_factory=list)
     route: Route = field(default_factory=lambda: Route(torch.empty(0), torch.empty(0)))
     cache: DecodingCache | None = None
+    given: bool = False
+    slot: int | None = None
+    seed_alone: bool = False
 
     def decide(self, router: "Router", z: Tensor) -> None:
         """Take the next decision, on the inputs z [B, T, E d]."""
@@ -131,12 +141,27 @@ def _running_mean(z: Tensor, visible: Tensor, earlier: tuple[Tensor, Tensor] | N
 
 
 @dataclass(frozen=True)
+class Quadratic:
+    """What makes a router's scores quadratic; see :class:`metamoe.common.gaussian.Gaussians`, whose means are then its rows:
+    centre [D], projection [D, D], scales [K, D], factors [K, r, D].
+    """
+
+    centre: np.ndarray
+    projection: np.ndarray
+    scales: np.ndarray
+    factors: np.ndarray
+
+
+@dataclass(frozen=True)
 class RouterWeights:
-    """A layer's router as numbers: rows W [K, E d] over the E FFN inputs it looks at, biases b [K], lambda."""
+    """A router as numbers: rows W [K, D] over the D = E d features it looks at (E FFN inputs, or the embedding), biases b [K],
+    lambda, and for Gaussian rows the rest of them.
+    """
 
     rows: np.ndarray
     biases: np.ndarray
     context: float
+    quadratic: Quadratic | None = None
 
 
 class Router(nn.Module):
@@ -167,12 +192,16 @@ class Router(nn.Module):
         with full_precision(z.device):
             z, context = z.float(), context.float()
             mixed = context if self._context_alone else (1 - self.context) * z + self.context * context
-            scores = mixed @ self.rows.T + self.biases
+            scores = self.scored(mixed)
             if self._temperature != 1:
                 experts, seed = scores[..., : self._experts], scores[..., self._experts :]
                 shares = torch.log_softmax(experts / self._temperature, dim=-1)
                 scores = torch.cat([experts.logsumexp(dim=-1, keepdim=True) + shares, seed], dim=-1)
             return torch.log_softmax(scores, dim=-1)
+
+    def scored(self, mixed: Tensor) -> Tensor:
+        """Scores [B, T, K] of z~ [B, T, D]: z~ W^T + b."""
+        return mixed @ self.rows.T + self.biases
 
     def weights(self) -> RouterWeights:
         """The router as it is now."""

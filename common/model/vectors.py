@@ -19,8 +19,10 @@ def evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list
     """For each layer that decides, lowest first, the feed-forward sublayers at whose inputs its router looks.
 
     One layer decides, the lowest with experts, looking at its own input or at those of all layers up to it; or every layer with
-    experts looks at its own.
+    experts looks at its own. A decision on the embedding looks at none.
     """
+    if router.decide == "embedding":
+        return [[]]
     above = expert_layers(seed, lora)
     if router.decide == "per-layer":
         return [[path] for path in above]
@@ -31,6 +33,18 @@ def evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list
 def all_evidence_paths(seed: Seed, lora: config.Lora, router: config.Router) -> list[str]:
     """The sublayers of :func:`evidence_paths` in one list: one for each routing vector of an expert, in their order."""
     return [path for paths in evidence_paths(seed, lora, router) for path in paths]
+
+
+def evidence_width(seed: Seed, lora: config.Lora, router: config.Router) -> int:
+    """How many features a decision looks at: E d of E sublayers' inputs, or d of the embedding."""
+    return max(1, len(evidence_paths(seed, lora, router)[0])) * seed.width
+
+
+def evidence_of(features: np.ndarray, router: config.Router) -> np.ndarray:
+    """What decisions look at of the features [..., P + 1, d] of :func:`sample_features`: the sublayers' inputs [..., P, d], or
+    the embedding [..., 1, d].
+    """
+    return features[..., -1:, :] if router.decide == "embedding" else features[..., :-1, :]
 
 
 @contextmanager

@@ -160,6 +160,15 @@ _NEAR = (
 )
 _FAR = (f"data.public-without={list(_NEAR)}",)
 
+# One decision a sample, in closed form: nothing of it is trained.
+_SHAPE = (
+    "router.statistics=shape",
+    "router.context=1",
+    "router.learn-context=false",
+    "router.temperature=10",
+    "router.seed-log-odds=15",
+    "router-training.supervision=none",
+)
 _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "proxies": {
         "by relevance alone": ("proxies.selection=relevance",),
@@ -214,6 +223,11 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "untrained": ("router-training.supervision=none",),
         "provenance": ("router-training.supervision=provenance",),
         "both": ("router-training.supervision=both",),
+    },
+    "shape": {
+        "in one pass": _SHAPE,
+        "on the embedding": (*_SHAPE, "router.decide=embedding"),
+        "on the embedding, answers mixed": (*_SHAPE, "router.decide=embedding", "router.mixing=answers"),
     },
     "top-k": {
         "top-1, Eq. 6": _TOP_1,
