@@ -265,8 +265,8 @@ class Router(Section):
     seed_log_odds: float = Field(
         -8.0,
         allow_inf_nan=False,
-        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples; 15 "
-        "for statistics = shape, whose experts are surer of themselves",
+        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples; "
+        "15 for statistics = shape, whose experts are surer of themselves",
     )
     temperature: Positive = Field(
         1.0,

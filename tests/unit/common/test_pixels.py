@@ -21,8 +21,9 @@ from metamoe.common.config import Data
 from metamoe.common.data.decode import look_at, read_picture
 from metamoe.common.data.images import image_dataset, load_images
 from metamoe.common.data.pictures import find_pictures, pictures_at
+from metamoe.common.data.pixels import batches, pixel_values
 from metamoe.common.data.survey import survey
-from metamoe.common.data.tasks import input_batches, pixel_values, samples_of
+from metamoe.common.data.tasks import samples_of
 from metamoe.common.errors import DataFormatError, InputFileError, MetaMoEError
 from metamoe.common.model.seed import Seed
 from metamoe.predict import read_image
@@ -185,12 +186,10 @@ def test_all_ways_give_the_same_pixels(odd: Path, seed: Seed) -> None:
         "serve": torch.cat([pixel_values(seed, [image_of(n, text, "white")]) for n, text in enumerate(sent)]),
         "an image in Python": opened,
         "train": samples_of(seed, data, [test], ["UP"]).taught(torch.arange(len(files))).inputs,
-        "embed": torch.cat(list(input_batches(seed, data, test))),
-        "embed by workers": torch.cat(list(input_batches(seed, data.model_copy(update={"workers": 2}), test))),
+        "embed": torch.cat(list(batches(seed, test))),
+        "embed by workers": torch.cat(list(batches(seed, test, workers=2))),
         "evaluate": evaluated.asked(torch.arange(len(files))).inputs,
-        "a table with images": torch.cat(
-            list(input_batches(seed, data, image_dataset(packed.parts["train"], packed.names, "white")))
-        ),
+        "a table with images": torch.cat(list(batches(seed, image_dataset(packed.parts["train"], packed.names, "white")))),
     }
     for way, pixels in ways.items():
         assert torch.equal(pixels, asked), way
