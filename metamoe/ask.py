@@ -8,13 +8,14 @@ import torch
 
 from metamoe.common.config import Data
 from metamoe.common.data.images import image_dataset
-from metamoe.common.data.metrics import Metrics, interval, metrics_of
+from metamoe.common.data.metrics import interval, metrics_of
 from metamoe.common.data.pictures import pictures_at
 from metamoe.common.data.pixels import pixel_values
 from metamoe.common.data.questions import read_questions, with_distractors
 from metamoe.common.data.tasks import class_names, samples_of
 from metamoe.common.data.text import chat_ids
 from metamoe.common.errors import InputFileError
+from metamoe.common.metrics import Metrics
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.inputs import Inputs, prompt_tokens
 from metamoe.predict import ImageInput, read_image

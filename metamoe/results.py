@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from metamoe.common.data.metrics import Metrics
+from metamoe.common.metrics import Metrics
 from metamoe.simulations.benchmark.tables import Sent
 
 

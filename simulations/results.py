@@ -11,8 +11,9 @@ import numpy as np
 
 from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Metric, Settings
-from metamoe.common.data.metrics import Metrics, answered, metrics_of
+from metamoe.common.data.metrics import answered, metrics_of
 from metamoe.common.files import write_atomically, write_json
+from metamoe.common.metrics import Metrics
 from metamoe.common.model.artifact import load_model, write_card
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
