@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -221,6 +221,12 @@ def image_of(number: int, text: str, background: str) -> Image.Image:
     """
     try:
         content = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        return read_picture(io.BytesIO(content), background, f"images[{number}]")
     except (binascii.Error, ValueError) as error:
         raise InputFileError(f"images[{number}] is no image in base64: {error}") from error
+    try:
+        return read_picture(io.BytesIO(content), background, f"images[{number}]")
+    except InputFileError as error:
+        # Pillow's own words name an object in memory.
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise InputFileError(f"images[{number}] is no image of a kind that is known") from error
+        raise

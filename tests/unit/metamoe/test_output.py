@@ -78,7 +78,7 @@ def test_a_model_is_asked(finished: Path, tmp_path: Path, lines) -> None:
     image(tmp_path / "data" / "DIGIT ONE")
     code, (result,) = lines("evaluate", str(finished / "model"), "--data", str(tmp_path / "data"))
     assert code == 0
-    assert set(result) == {"task", "percent", "interval", "count", "experts"}
+    assert set(result) == {"task", "percent", "interval", "count", "experts", "metrics"}
     assert (result["task"], result["count"]) == ("images", 2)
     # One image under two names: one of them is right at most.
     assert result["percent"] in (0, 50)
@@ -140,7 +140,7 @@ def test_a_folder_of_a_client(preset: Path, tmp_path: Path, lines) -> None:
     assert found["counts"]["train"]["DIGIT ONE"] == found["counts"]["test"]["DIGIT TWO"] == 1
     assert any("2.png" in wrong for wrong in found["wrong"])
     assert found["bytes"] == sum(array["bytes"] for array in found["sent"])
-    assert {"when": "profile", "name": "client", "dtype": "int64", "shape": [], "bytes": 8} in found["sent"]
+    assert {"when": "profile", "name": "client", "dtype": "int64", "shape": [], "optional": False, "bytes": 8} in found["sent"]
     (tmp_path / "data" / "train" / "DIGIT TWO" / "2.png").unlink()
     code, (found,) = lines("client", "check", str(tmp_path / "data"), "--preset", str(preset))
     assert (code, found["fine"], found["wrong"]) == (0, True, [])
