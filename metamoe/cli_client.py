@@ -27,7 +27,8 @@ def check(
     as_json: Annotated[
         bool,
         json_option(
-            "fine, kind, counts (by split and class), unusual (what, and the files), sent (when, name, dtype, shape, optional, bytes), "
+            "fine, kind, counts (by split and class), unusual (what, and the files), "
+            "sent (when, name, dtype, shape, optional, bytes), "
             "bytes, wrong"
         ),
     ] = False,
