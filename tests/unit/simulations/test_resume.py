@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,15 +140,15 @@ def test_a_router_whose_training_was_stopped_goes_on(small: Settings, tmp_path: 
     run_local(settings, tmp_path / "whole")
 
     class Interrupting:
-        """Ends the run when an epoch begins."""
+        """Ends the run when an epoch has been trained, and nothing of it is kept."""
 
         def __init__(self, path: Path) -> None:
             self.log = stages_event_log(path)
 
-        def __call__(self, stage: str, done: int, total: int, client: str = "") -> None:
+        def __call__(self, stage: str, done: int, total: int, client: str = "", metrics: Any = None) -> None:
             if (stage, done) == ("unify", 2):
                 raise KeyboardInterrupt
-            self.log(stage, done, total, client)
+            self.log(stage, done, total, client, metrics)
 
     stages_event_log = stages.EventLog
     with monkeypatch.context() as killed:
