@@ -44,7 +44,7 @@ class Curve:
         self._progress, self._parameters = progress, parameters
         self._validate, self._every, self._patience = validate, every, patience
         self._losses, self._steps, self._rate = torch.zeros(()), 0, 0.0
-        self._lowest, self._since = math.inf, 0
+        self._lowest, self._since, self._done = math.inf, 0, 0
         self._best: list[Tensor] = []
 
     @property
@@ -53,8 +53,9 @@ class Curve:
         return 0 < self._patience <= self._since
 
     def begin(self, done: int, total: int) -> None:
-        """Say from which epoch on the training goes."""
-        self._progress(done, total)
+        """Say that the training begins; of one that goes on, it has been said."""
+        if done == 0:
+            self._progress(0, total)
 
     def step(self, loss: Tensor, rate: float) -> None:
         """Count one step: its loss, a scalar, which is not read before the epoch ends, and its learning rate."""
@@ -75,6 +76,7 @@ class Curve:
             if self._patience and found[VALIDATION_LOSS] < self._lowest:
                 self._lowest, self._since = found[VALIDATION_LOSS], 0
                 self._best = [parameter.detach().clone() for parameter in self._parameters]
+        self._done = done
         self._progress(done, total, metrics=metrics)
 
     def end(self, total: int) -> None:
@@ -82,7 +84,8 @@ class Curve:
         with torch.no_grad():
             for parameter, best in zip(self._parameters, self._best, strict=False):
                 parameter.copy_(best)
-        self._progress(total, total)
+        if self._done < total:
+            self._progress(total, total)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a training that goes on must know of it, as JSON and as tensors."""
