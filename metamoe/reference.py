@@ -45,7 +45,7 @@ def as_markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "Made by `metamoe settings --markdown` from `common/config.py`. `--set NAME=VALUE` changes one.",
+        "Made by `metamoe settings --markdown` from `common/config/`. `--set NAME=VALUE` changes one.",
         "",
     ]
     for group in dict.fromkeys(setting.group for setting in all_settings()):
