@@ -13,13 +13,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metamoe.common.batching import Fitting
 from metamoe.common.checkpoint import Checkpoint
 from metamoe.common.compute import derived_seed, optimizer_of
 from metamoe.common.config import ExpertTraining, Settings
 from metamoe.common.curve import VALIDATION_ACCURACY, VALIDATION_LOSS, Curve, Progress
 from metamoe.common.data.datasets import fingerprint
-from metamoe.common.data.tasks import Parts, Samples, accuracy, features, samples_of
+from metamoe.common.data.metrics import answered
+from metamoe.common.data.tasks import Parts, Samples, features, samples_of
 from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import encode
 from metamoe.common.model.lora import Expert, expert_of, rounded, with_lora
@@ -93,19 +93,13 @@ def train_expert(
     return rounded(expert_of(model))
 
 
-@torch.inference_mode()
 def validated(model: PreTrainedModel, samples: Samples) -> dict[str, float]:
-    """Mean loss on samples as in training, ``validation-loss``, and accuracy in percent, ``validation-accuracy``."""
-
-    def loss(rows: Tensor) -> tuple[int, Tensor]:
-        batch = samples.taught(rows)
-        return batch.count, batch.loss(model, encode(model, batch.inputs))
-
-    fitting = Fitting(samples.cost)
-    parts = [part for rows in samples.batches() for _, part in fitting(loss, rows)]
-    mean = sum(count * found.item() for count, found in parts) / sum(count for count, _ in parts)
-    percent = accuracy(lambda batch: batch.scores(model, encode(model, batch.inputs)), samples)
-    return {VALIDATION_LOSS: mean, VALIDATION_ACCURACY: percent}
+    """``validation-loss``, the mean of the right answers' negative log-likelihoods (of text without its end, which training
+    counts), and ``validation-accuracy`` in percent.
+    """
+    found = answered(lambda batch: batch.scores(model, encode(model, batch.inputs)), samples)
+    right = found.chosen.eq(samples.answers)
+    return {VALIDATION_LOSS: -found.likelihood.mean().item(), VALIDATION_ACCURACY: 100 * right.float().mean().item()}
 
 
 def expert_key(

@@ -1,7 +1,5 @@
 """Stage 1 at the client: what it says about its private samples, as the frozen seed sees them."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from datasets import Dataset
@@ -16,6 +14,7 @@ from metamoe.common.privacy import private_means, vectors_mechanism
 
 _STAGE = 1
 _PUBLIC_SAMPLES = 2_000
+_AT_ONCE = 1_000
 
 
 def profile(
@@ -49,27 +48,25 @@ def profile(
         others = _features(seed, settings, _public_sample(settings, client, public))
         arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
     sent = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return sent | {"seed-shape": _shape(seed, settings, private, public)} if settings.router.statistics == "shape" else sent
+    return sent | {"seed-shape": _shape(seed, settings, features, public)} if settings.router.statistics == "shape" else sent
 
 
-def _shape(seed: Seed, settings: Settings, private: Dataset, public: Dataset) -> np.ndarray:
+def _shape(seed: Seed, settings: Settings, private: np.ndarray, public: Dataset) -> np.ndarray:
     """The shape of what decisions look at, as it is sent (:func:`metamoe.common.gaussian.packed_shape`): the covariance over
     the private samples in white coordinates, shrunk as far as their number asks for, all of it or its principal directions.
     """
     rows = coordinate_rows(settings.seed, settings.clients, len(public))
-    white = coordinates(np.concatenate(list(_evidence(seed, settings, public.select(rows)))))
+    white = coordinates(_evidence(_features(seed, settings, public.select(rows)), settings))
+    looked_at = _evidence(private, settings)
     moments = Moments(len(white.centre))
-    for batch in _evidence(seed, settings, private):
-        moments.add(white.white(batch))
+    for start in range(0, len(looked_at), _AT_ONCE):
+        moments.add(white.white(looked_at[start : start + _AT_ONCE]))
     return packed_shape(shape_of(oracle_shrunk(moments.covariance(), moments.count), settings.router.shape_rank))
 
 
-def _evidence(seed: Seed, settings: Settings, data: Dataset) -> Iterator[np.ndarray]:
-    """What decisions look at, of samples in batches, [B, D] each. float64."""
-    paths = all_evidence_paths(seed, settings.lora, settings.router)
-    for part in features(seed, seed.model, paths, settings.data, data):
-        looked_at = evidence_of(part.double().numpy(), settings.router)
-        yield looked_at.reshape(len(looked_at), -1)
+def _evidence(features: np.ndarray, settings: Settings) -> np.ndarray:
+    """What decisions look at, [N, D]."""
+    return evidence_of(features, settings.router).reshape(len(features), -1)
 
 
 def _public_sample(settings: Settings, client: int, public: Dataset) -> Dataset:

@@ -133,12 +133,12 @@ class Model:
         """Accuracy on labelled samples from disk, in percent, with its 95% interval.
 
         Args:
-            path: for a model of images a folder with one folder for each class, among whose names each image is named; for one
-                of text a file of JSON lines (.jsonl, .jsonl.gz).
+            path: for a model of images a folder with one folder for each class, among whose names each image is named, or a
+                table of them; for one of text a file of questions or text (docs/data.md).
 
         Raises:
             InputFileError: there is nothing there that the model takes.
-            DataFormatError: a line is not a question.
+            DataFormatError: a row is in no layout that is known.
         """
         return evaluate_on(self.loaded, Path(path))
 

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from metamoe.common.data.images import image_dataset
 from metamoe.common.data.pictures import Found, Pictures
-from metamoe.common.data.pixels import pixel_values
+from metamoe.common.data.pixels import cut
 from metamoe.common.data.survey import Survey, named_pictures
 from metamoe.common.errors import InputFileError
 from metamoe.common.model.seed import Seed
@@ -33,14 +32,11 @@ def contact_sheet(found: Found, looked: Survey, seed: Seed, background: str, fil
     if not chosen:
         raise InputFileError(f"there is no picture to show in {file}")
     data = image_dataset([(image, label) for _, image, label in chosen], found.names, background)
-    processor = seed.processor
-    mean, deviation = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     rows = -(-len(chosen) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * (_SIDE + 8), rows * (_SIDE + 36)), "#d0d4d8")
     draw = ImageDraw.Draw(sheet)
     for number, (name, _, label) in enumerate(chosen):
-        seen = pixel_values(seed, [data[number]["image"]])[0].numpy() * deviation + mean
-        pixels = Image.fromarray((255 * seen).clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0))
+        pixels = Image.fromarray(cut(seed, [data[number]["image"]])[0].permute(1, 2, 0).numpy())
         left, top = 4 + number % _COLUMNS * (_SIDE + 8), 4 + number // _COLUMNS * (_SIDE + 36)
         sheet.paste(pixels.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
         for line, text in enumerate((found.names[label], Path(name).name)):

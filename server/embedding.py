@@ -45,7 +45,7 @@ def public_features(
         compute: who computes the shards; None for this process.
 
     Returns:
-        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`metamoe.common.model.vectors.sample_features`.
+        float32 [n, len(paths) + 1, d], memory-mapped: see :func:`metamoe.common.model.vectors.batch_features`.
     """
     # Library and threads belong to the key: they decide the last digits.
     made_by = f"{seed.fingerprint} {paths} {fingerprint} {torch.__version__} {torch.get_num_threads()}"

@@ -19,6 +19,7 @@ from metamoe.server.proxies import read_selections
 from metamoe.simulations.benchmark.pictures import curve_picture, share_picture
 from metamoe.simulations.benchmark.report import REPORT, picture, png_picture
 from metamoe.simulations.benchmark.tables import Sent
+from metamoe.simulations.results import accuracy_rows
 
 _SHOWN = 10
 """Samples of a domain, and as many proxies."""
@@ -74,13 +75,8 @@ def _overview(folder: Path, settings: Settings, summary: dict[str, Any]) -> Html
 
 
 def _accuracy(settings: Settings, results: dict[str, Any]) -> Html:
-    domains = [*results["routing"], "average"]
-    rows = [
-        [method, *(f"{of[domain]:.1f}" for domain in domains), f"{results['public_accuracy'][method]:.1f}"]
-        for method, of in results["accuracy"].items()
-    ]
     note = tag("p", f"On {settings.data.evaluate_on} data, in percent.", class_="note")
-    return join([_table(["method", *domains, "public, held out"], rows), note])
+    return join([_table(*accuracy_rows(results)), note])
 
 
 def _reported(reported: dict[str, float]) -> Html:

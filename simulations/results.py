@@ -97,11 +97,12 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     }
     write_json(out / "results.json", results)
     write_atomically(out / "report.md", report(settings, results))
-    write_card(out / "model", loaded.manifest, settings, _accuracy_table(results))
+    write_card(out / "model", loaded.manifest, settings, table(*accuracy_rows(results)))
     return results
 
 
-def _accuracy_table(results: dict[str, Any]) -> list[str]:
+def accuracy_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of methods: its header and its rows."""
     domains = list(results["routing"])
     rows = [
         [
@@ -112,7 +113,7 @@ def _accuracy_table(results: dict[str, Any]) -> list[str]:
         ]
         for method, by_domain in results["accuracy"].items()
     ]
-    return table(["method", *domains, "average", "public, held out", "worst domain"], rows)
+    return ["method", *domains, "average", "public, held out", "worst domain"], rows
 
 
 def shown_metrics(settings: Settings) -> list[Metric]:
@@ -148,7 +149,7 @@ def report(settings: Settings, results: dict[str, Any]) -> str:
     title = "Told from others' answers" if settings.data.source == "text" else "Accuracy"
     how = {"questions": _HOW_QUESTIONS, "text": _HOW_TEXT}.get(settings.data.source, _HOW_IMAGES)
     lines += [f"## {title} on {settings.data.evaluate_on} data, %", "", how, ""]
-    lines += _accuracy_table(results)
+    lines += table(*accuracy_rows(results))
     for metric in shown_metrics(settings):
         lines += ["", f"## {_TITLES[metric]}", ""]
         lines += table(["method", *domains, "public, held out"], metric_rows(results, metric))

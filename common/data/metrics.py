@@ -22,7 +22,7 @@ class Answered:
     Attributes:
         chosen: int64 [N], the best class or choice.
         confidence: float32 [N], its probability, the softmax of the scores.
-        likelihood: float32 [N], the score of the right one; of text the mean log-likelihood of its tokens.
+        likelihood: float32 [N], the log-likelihood of the right one; of text the mean over its tokens.
     """
 
     chosen: Tensor
@@ -33,11 +33,12 @@ class Answered:
 @torch.inference_mode()
 def answered(scores: Scores, samples: Samples) -> Answered:
     """What scores say to every sample."""
+    text = samples.answer_tokens is not None
     fitting = Fitting(samples.cost)
     pairs = [
         pair
         for rows in samples.batches()
-        for pair in fitting(lambda some: said(scores(samples.asked(some)), samples.answers[some]), rows)
+        for pair in fitting(lambda some: said(scores(samples.asked(some)), samples.answers[some], text), rows)
     ]
     order = torch.cat([rows for rows, _ in pairs]).argsort()
     # Once for all: until here nobody waits for the device.
@@ -45,11 +46,17 @@ def answered(scores: Scores, samples: Samples) -> Answered:
     return Answered(*(torch.cat([getattr(part, name) for _, part in pairs]).cpu()[order] for name in names))
 
 
-def said(scores: Tensor, answers: Tensor) -> Answered:
-    """The same of scores [B, C], for the right answers [B]; on the scores' device."""
+def said(scores: Tensor, answers: Tensor, text: bool) -> Answered:
+    """The same of scores [B, C], for the right answers [B] on the scores' device; of text, they are log-likelihoods."""
     found = scores.float()
     best = found.softmax(1).max(1)
-    return Answered(found.argmax(1), best.values, found.gather(1, answers.to(found.device)[:, None]).squeeze(1))
+    logs = found if text else found.log_softmax(1)
+    return Answered(found.argmax(1), best.values, logs.gather(1, answers.to(found.device)[:, None]).squeeze(1))
+
+
+def accuracy(scores: Scores, samples: Samples) -> float:
+    """Share of samples whose best class or choice is the right one, in percent."""
+    return 100.0 * int(answered(scores, samples).chosen.eq(samples.answers).sum()) / len(samples.answers)
 
 
 def metrics_of(found: Answered, samples: Samples) -> Metrics:

@@ -65,13 +65,16 @@ def all_pixels(seed: Seed, datasets: Sequence["Dataset"], workers: int = 0) -> P
 def _decoded(seed: Seed, dataset: "Dataset", size: int, workers: int) -> DataLoader[Any]:
     # Its own generator: a loader draws from it, and the run's random numbers must not depend on that.
     own = torch.Generator()
-    return DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_cut, seed), generator=own)
+    return DataLoader(dataset, size, num_workers=workers, collate_fn=partial(_collated, seed), generator=own)
 
 
-def _cut(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
-    """Images in the size the seed takes, before their values are scaled. uint8 [B, 3, H, W]."""
-    images = [row["image"] for row in rows]
-    return seed.processor(images=images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+def _collated(seed: Seed, rows: Sequence[dict[str, Any]]) -> Tensor:
+    return cut(seed, [row["image"] for row in rows])
+
+
+def cut(seed: Seed, images: Sequence[object]) -> Tensor:
+    """PIL images in the size the seed takes, before their values are scaled. uint8 [B, 3, H, W]."""
+    return seed.processor(images=list(images), return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from metamoe.common.batching import Fitting, by_tokens, fits
 from metamoe.common.data.pixels import BATCH, Pixels, all_pixels, batches
 from metamoe.common.data.text import AT_ONCE, Question, prompts, tokenised
 from metamoe.common.errors import InvalidSettingError
-from metamoe.common.model.batch import Batch, ImageBatch, Scores, TextBatch, packed, text_features
+from metamoe.common.model.batch import Batch, ImageBatch, TextBatch, packed, text_features
 from metamoe.common.model.inputs import Inputs
 from metamoe.common.model.seed import Seed
 from metamoe.common.model.vectors import batch_features
@@ -208,7 +208,7 @@ def check_seed(seed: Seed, data: config.Data) -> None:
 
 
 def features(seed: Seed, model: PreTrainedModel, paths: list[str], data: config.Data, dataset: "Dataset") -> Iterator[Tensor]:
-    """What :func:`metamoe.common.model.vectors.sample_features` says of every sample of a data set, in their order: of images,
+    """What :func:`metamoe.common.model.vectors.batch_features` says of every sample of a data set, in their order: of images,
     or of prompts without any choice's continuation.
 
     Args:
@@ -254,18 +254,3 @@ def labels_in(dataset: "Dataset", space: Sequence[str]) -> Tensor:
     index = {name: i for i, name in enumerate(space)}
     own = torch.tensor([index[name] for name in class_names(dataset)])
     return own[torch.tensor(dataset["label"], dtype=torch.long)]
-
-
-@torch.inference_mode()
-def predictions(scores: Scores, samples: Samples) -> Tensor:
-    """Best class or choice of every sample. int64 [N]."""
-    fitting = Fitting(samples.cost)
-    pairs = [pair for rows in samples.batches() for pair in fitting(lambda some: scores(samples.asked(some)).argmax(1), rows)]
-    # Once for all: until here nobody waits for the device.
-    best = torch.cat([part for _, part in pairs]).cpu()
-    return best[torch.cat([rows for rows, _ in pairs]).argsort()]
-
-
-def accuracy(scores: Scores, samples: Samples) -> float:
-    """Share of samples whose best class or choice is the right one, in percent."""
-    return 100.0 * int(predictions(scores, samples).eq(samples.answers).sum()) / len(samples.answers)

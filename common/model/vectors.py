@@ -41,7 +41,7 @@ def evidence_width(seed: Seed, lora: config.Lora, router: config.Router) -> int:
 
 
 def evidence_of(features: np.ndarray, router: config.Router) -> np.ndarray:
-    """What decisions look at of the features [..., P + 1, d] of :func:`sample_features`: the sublayers' inputs [..., P, d], or
+    """What decisions look at of the features [..., P + 1, d] of :func:`batch_features`: the sublayers' inputs [..., P, d], or
     the embedding [..., 1, d].
     """
     return features[..., -1:, :] if router.decide == "embedding" else features[..., :-1, :]
@@ -62,16 +62,11 @@ def ffn_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-def sample_features(model: PreTrainedModel, paths: list[str], batches: Iterable[Inputs]) -> Iterator[Tensor]:
-    """For each batch, every sample's mean FFN input in each of these layers, and last its embedding. Means are over all tokens
-    of an image, and over those of a text's prompt. float32 [B, L + 1, d].
-    """
-    return (batch_features(model, paths, batch) for batch in batches)
-
-
 @torch.inference_mode()
 def batch_features(model: PreTrainedModel, paths: list[str], batch: Inputs) -> Tensor:
-    """:func:`sample_features` of one batch."""
+    """Every sample's mean FFN input in each of these layers, and last its embedding. Means are over all tokens of an image, and
+    over those of a text's prompt. float32 [B, L + 1, d].
+    """
     with ffn_inputs(model, paths) as captured:
         embedding = embed(model, batch)
         mask = batch.prompt.to(embedding.device) if isinstance(batch, Tokens) else None
@@ -105,7 +100,7 @@ def routing_vectors(features: Iterable[Tensor], weights: np.ndarray | None = Non
     Given the private samples together with the proxies this is N/(N+m) mu_priv + m/(N+m) mu_proxy.
 
     Args:
-        features: :func:`sample_features` of all samples in the expert, [B, L + 1, d] each, in any split.
+        features: :func:`batch_features` of all samples in the expert, [B, L + 1, d] each, in any split.
         weights: of the samples, [N], with sum one; None for equal ones.
 
     Returns:

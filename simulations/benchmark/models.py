@@ -19,7 +19,7 @@ from metamoe.common.compute import place_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public
-from metamoe.common.data.tasks import accuracy
+from metamoe.common.data.metrics import accuracy
 from metamoe.common.files import cache_folder, replaced_folder, write_json
 from metamoe.common.model.artifact import Loaded, load_model, save_model
 from metamoe.common.model.batch import Scores

@@ -18,8 +18,9 @@ from metamoe.common.compute import ON_CPU, Place, device_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private
+from metamoe.common.data.metrics import answered
 from metamoe.common.data.pixels import batches
-from metamoe.common.data.tasks import class_names, features, predictions, samples_of
+from metamoe.common.data.tasks import class_names, features, samples_of
 from metamoe.common.model.artifact import read_weights
 from metamoe.common.model.moe import MoELayer, UnifiedModel
 from metamoe.common.model.router import RouterWeights
@@ -125,7 +126,7 @@ def test_bfloat16_beside_float32(reduced: Settings, gpu: Place, weights: str) ->
         seed = seed_at("glyphs", place)
         samples = samples_of(seed, reduced.data, [data], class_names(data))
         with place.computing():
-            answers.append(predictions(dense(seed.model), samples))
+            answers.append(answered(dense(seed.model), samples).chosen)
     assert answers[0].eq(answers[1]).float().mean() > 0.95
 
 
@@ -158,12 +159,12 @@ def test_what_does_not_fit_is_computed_in_halves(reduced: Settings, gpu: Place) 
     data = load_private(reduced, 0, "train")
     seed = seed_at("glyphs", gpu)
     samples = samples_of(seed, reduced.data, [data], class_names(data))
-    expected = predictions(dense(seed.model), samples)
+    expected = answered(dense(seed.model), samples).chosen
     torch.cuda.empty_cache()
     # Room for what is there and some megabytes more.
     share = (torch.cuda.memory_reserved(gpu.device) + 2**23) / torch.cuda.get_device_properties(gpu.device).total_memory
     torch.cuda.set_per_process_memory_fraction(share, gpu.device)
     try:
-        assert torch.equal(predictions(dense(seed.model), samples), expected)
+        assert torch.equal(answered(dense(seed.model), samples).chosen, expected)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu.device)

@@ -16,8 +16,9 @@ from metamoe.common.compute import Place
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private
+from metamoe.common.data.metrics import answered
 from metamoe.common.data.pixels import Pixels, all_pixels, batches, pixel_values
-from metamoe.common.data.tasks import Parts, TextSamples, class_names, features, predictions, samples_of
+from metamoe.common.data.tasks import Parts, TextSamples, class_names, features, samples_of
 from metamoe.common.data.text import Question
 from metamoe.common.errors import NotEnoughMemoryError
 from metamoe.common.model.inputs import encode
@@ -101,10 +102,10 @@ def decoder() -> Seed:
 
 
 def test_answers_do_not_depend_on_how_questions_are_put_together(questions: TextSamples, decoder: Seed) -> None:
-    expected = predictions(dense(decoder.model), questions)
+    expected = answered(dense(decoder.model), questions).chosen
     assert len(expected.unique()) == 2
     for most in (1, 40, 10**6):
-        assert torch.equal(predictions(dense(decoder.model), replace(questions, tokens_at_once=most)), expected)
+        assert torch.equal(answered(dense(decoder.model), replace(questions, tokens_at_once=most)).chosen, expected)
     sizes: list[int] = []
 
     def scores(batch) -> Tensor:
@@ -113,7 +114,7 @@ def test_answers_do_not_depend_on_how_questions_are_put_together(questions: Text
             raise torch.OutOfMemoryError("made up")
         return dense(decoder.model)(batch)
 
-    assert torch.equal(predictions(scores, replace(questions, tokens_at_once=10**6)), expected)
+    assert torch.equal(answered(scores, replace(questions, tokens_at_once=10**6)).chosen, expected)
     # Each size that was too large was so once.
     too_large = [size for size in sizes if size > 100]
     assert too_large == sorted(set(too_large), reverse=True)

@@ -22,7 +22,7 @@ from metamoe.common.model.lora import expert_of, with_lora
 from metamoe.common.model.moe import MoELayer, UnifiedModel
 from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import load_seed, seed_at
-from metamoe.common.model.vectors import sample_features
+from metamoe.common.model.vectors import batch_features
 from metamoe.common.presets import changed, load_settings
 from metamoe.simulations.local import run_local
 from metamoe.simulations.results import write_results
@@ -198,9 +198,9 @@ def test_statistics_and_text_features_are_float32() -> None:
         place = Place(CPU, "bfloat16", weights)
         seed, exact = seed_at("glyphs", place), seed_at("glyphs", Place(CPU))
         with place.computing():
-            (features,) = sample_features(seed.model, seed.ffn_paths, [glyphs(3)])
+            features = batch_features(seed.model, seed.ffn_paths, glyphs(3))
             texts = text_features(seed, WORDS, "{}")
-        (expected,) = sample_features(exact.model, seed.ffn_paths, [glyphs(3)])
+        expected = batch_features(exact.model, seed.ffn_paths, glyphs(3))
         close(features, expected)
         close(texts, text_features(exact, WORDS, "{}"))
         torch.testing.assert_close(texts.norm(dim=1), torch.ones(len(WORDS)))

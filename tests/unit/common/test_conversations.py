@@ -152,7 +152,10 @@ def test_metrics_of_classes_by_hand() -> None:
     scores[torch.arange(6), chosen] = math.log(3.0)
     scores[torch.arange(6), 1 - chosen] = 0.0
     samples = ImageSamples(torch.zeros(6, 3, 1, 1), answers, torch.zeros(3, 2))
-    found = metrics_of(said(scores, answers), samples)
+    told = said(scores, answers, text=False)
+    # Log-likelihoods of 3/4 and 1/4, whichever was right.
+    assert told.likelihood.exp().tolist() == pytest.approx([0.75, 0.75, 0.75, 0.25, 0.75, 0.25])
+    found = metrics_of(told, samples)
     assert found.accuracy == 66.67
     assert found.balanced_accuracy == 62.5
     # F1 of class 0: 2 * 3 / (2 * 3 + 1 + 1); of class 1: 2 * 1 / (2 * 1 + 1 + 1).

@@ -32,7 +32,7 @@ from metamoe.common.model.lora import save_adapter, with_lora
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.model.vectors import ffn_inputs, sample_features
+from metamoe.common.model.vectors import batch_features, ffn_inputs
 from metamoe.common.presets import changed
 from metamoe.simulations.train_seed import tokenizer_for
 from tests.conftest import WORDS, random_expert, random_features
@@ -186,8 +186,8 @@ def test_padding_on_either_side_and_other_texts_change_nothing(decoder: Seed, te
         for got, wanted in zip(decisions, own, strict=True):
             torch.testing.assert_close(got[row, real], wanted[0], atol=2e-5, rtol=1e-4)
     # Means of routing vectors do not see padding either.
-    padded = torch.cat(list(sample_features(decoder.model, decoder.ffn_paths, [inputs])))
-    plain = torch.cat(list(sample_features(decoder.model, decoder.ffn_paths, [prompts(lengths)])))
+    padded = batch_features(decoder.model, decoder.ffn_paths, inputs)
+    plain = batch_features(decoder.model, decoder.ffn_paths, prompts(lengths))
     torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-4)
 
 
@@ -329,7 +329,7 @@ def test_at_lambda_one_a_decision_is_one_for_the_whole_text(decoder: Seed, setti
 
 def test_features_are_means_over_the_prompt(decoder: Seed) -> None:
     inputs = replace(prompts([6]), prompt=torch.arange(6)[None] < 4)
-    (features,) = sample_features(decoder.model, decoder.ffn_paths[1:2], [inputs])
+    features = batch_features(decoder.model, decoder.ffn_paths[1:2], inputs)
     with torch.inference_mode(), ffn_inputs(decoder.model, decoder.ffn_paths[1:2]) as captured:
         hidden = encode(decoder.model, inputs)
     torch.testing.assert_close(features[0, 0], captured[decoder.ffn_paths[1]][0, :4].mean(0))

@@ -9,8 +9,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, Re
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metamoe.common.config import Settings
+from metamoe.common.data.metrics import accuracy
 from metamoe.common.data.questions import FEATURES
-from metamoe.common.data.tasks import accuracy, check_seed, samples_of
+from metamoe.common.data.tasks import check_seed, samples_of
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.hub import hub_error
 from metamoe.common.model.seed import Seed, load_seed

@@ -5,7 +5,7 @@ import torch
 from metamoe.common.config import Settings
 from metamoe.common.model.lora import expert_layers, with_lora
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import mean_over_samples, router_rows, routing_vectors, sample_features
+from metamoe.common.model.vectors import batch_features, mean_over_samples, router_rows, routing_vectors
 from metamoe.server.unify import provenance_loss
 from tests.conftest import random_expert, random_features, random_pixels
 
@@ -21,7 +21,7 @@ def test_routing_vectors_are_means_of_the_layer_norm_outputs_in_the_expert(seed:
     """Against transformers' own hidden states, whatever the batches: 3 + 3 + 1 samples."""
     model, pixels = with_lora(seed, settings.lora, random_expert(seed, settings, 0)), random_pixels(7)
     paths = expert_layers(seed, settings.lora)
-    vectors = routing_vectors(sample_features(model, paths, pixels.split(3)))
+    vectors = routing_vectors(batch_features(model, paths, part) for part in pixels.split(3))
     layers = model.vision_model.encoder.layers
     with torch.inference_mode():
         states = model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -29,7 +29,9 @@ def test_routing_vectors_are_means_of_the_layer_norm_outputs_in_the_expert(seed:
             attended = states[i] + layer.self_attn(layer.layer_norm1(states[i]), attention_mask=None)[0]
             expected = layer.layer_norm2(attended).double().mean(dim=1).mean(dim=0)
             np.testing.assert_allclose(vectors[i], expected.numpy(), atol=1e-6)
-    np.testing.assert_allclose(routing_vectors(sample_features(model, paths, pixels.split(7))), vectors, atol=1e-7)
+    np.testing.assert_allclose(
+        routing_vectors(batch_features(model, paths, part) for part in pixels.split(7)), vectors, atol=1e-7
+    )
     # No hook is left behind.
     assert not any(layer.mlp._forward_pre_hooks for layer in layers)
 

@@ -12,7 +12,7 @@ from metamoe.common.data.datasets import fingerprint, load_public, public_finger
 from metamoe.common.data.pixels import batches
 from metamoe.common.errors import PublicDataMismatchError, RunFailedError, SeedMismatchError
 from metamoe.common.model.seed import Seed, load_seed
-from metamoe.common.model.vectors import sample_features
+from metamoe.common.model.vectors import batch_features
 from metamoe.common.presets import changed
 from metamoe.server import embedding
 from metamoe.server.embedding import public_features, shards
@@ -40,7 +40,7 @@ def test_shards_are_every_row_once() -> None:
 
 def test_they_are_the_seeds_and_nothing_is_left_beside_them(seed: Seed, small: Settings, tmp_path: Path) -> None:
     found = features(seed, small)
-    expected = torch.cat(list(sample_features(seed.model, seed.ffn_paths, batches(seed, load_public(small.data)))))
+    expected = torch.cat([batch_features(seed.model, seed.ffn_paths, part) for part in batches(seed, load_public(small.data))])
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
     assert {file.suffix for file in (tmp_path / "embeddings").iterdir()} <= {".f32", ".lock"}
 

@@ -10,7 +10,7 @@ from metamoe.common.data.pixels import batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import sample_features
+from metamoe.common.model.vectors import batch_features
 from metamoe.common.presets import changed
 from metamoe.server.relevance import tempered_weights
 from metamoe.server.unify import initial_routers, router_samples
@@ -81,7 +81,8 @@ def test_without_vectors_they_are_means_over_the_proxies(seed: Seed, two: Settin
     (router,) = routers(seed, settings, [None] * CLIENTS, proxies=proxies, scores=scores)
     for k in range(CLIENTS):
         model = with_lora(seed, settings.lora, random_expert(seed, settings, k))
-        features = torch.cat(list(sample_features(model, seed.ffn_paths, batches(seed, proxies[k])))).double().numpy()[:, :-1]
+        parts = [batch_features(model, seed.ffn_paths, part) for part in batches(seed, proxies[k])]
+        features = torch.cat(parts).double().numpy()[:, :-1]
         own = tempered_weights(scores[k], 0.5 if weights == "relevance" else 1.0)
         np.testing.assert_allclose(router.rows[k], np.einsum("n,npd->pd", own, features).ravel(), atol=1e-6)
 

@@ -82,4 +82,5 @@ def read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # A file that is mapped into memory may be held a little longer.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -8,7 +8,8 @@ import torch
 
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private
-from metamoe.common.data.tasks import ImageSamples, accuracy
+from metamoe.common.data.metrics import accuracy
+from metamoe.common.data.tasks import ImageSamples
 from metamoe.common.model.batch import ImageBatch, Scores
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import with_lora
