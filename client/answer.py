@@ -71,11 +71,11 @@ def _check_common_ground(request: Request, seed: Seed) -> None:
 
 def _profile(seed: Seed, settings: Settings, site: Site) -> dict[str, np.ndarray]:
     private, public = _training_samples(settings, site), load_public(settings.data)
-    arrays = {"client": np.array(site.client)} | profile(
-        seed, settings, site.client, private, public, site.noise(settings.seed, 1)
-    )
-    artifacts = permitted(policy_of(site), reply_artifacts("profile", settings, seed))
-    return {artifact.name: arrays[artifact.name] for artifact in artifacts}
+    names = [artifact.name for artifact in permitted(policy_of(site), reply_artifacts("profile", settings, seed))]
+    noise = site.noise(settings.seed, 1)
+    said = profile(seed, settings, site.client, private, public, noise, shape="seed-shape" in names)
+    arrays = {"client": np.array(site.client)} | said
+    return {name: arrays[name] for name in names}
 
 
 def _expert(seed: Seed, settings: Settings, site: Site, ids: np.ndarray, folder: Path) -> dict[str, np.ndarray]:

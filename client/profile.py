@@ -18,7 +18,13 @@ _AT_ONCE = 1_000
 
 
 def profile(
-    seed: Seed, settings: Settings, client: int, private: Dataset, public: Dataset, rng: np.random.Generator
+    seed: Seed,
+    settings: Settings,
+    client: int,
+    private: Dataset,
+    public: Dataset,
+    rng: np.random.Generator,
+    shape: bool = False,
 ) -> dict[str, np.ndarray]:
     """Everything that a client can say in stage 1; what of it is sent, the settings decide (``common/wire.py``).
 
@@ -29,12 +35,12 @@ def profile(
         private: its training samples.
         public: the public set.
         rng: where noise comes from, if the settings ask for differential privacy.
+        shape: whether the shape is wanted, for which the seed sees a part of the public set too.
 
     Returns:
         ``seed-routing-vector`` [d]: mu_p, the mean of the seed's embedding over the private samples; ``seed-ffn-inputs``
-        [P, d]: the means of the FFN inputs at which routers look; and, only if the settings ask for them,
-        ``relevance-classifier`` [d + 1]: see :func:`relevance_classifier`, and ``seed-shape``: see :func:`_shape`. float32,
-        the shape float16.
+        [P, d]: the means of the FFN inputs at which routers look; ``relevance-classifier`` [d + 1], only if the settings ask
+        for it: see :func:`relevance_classifier`; all float32. And ``seed-shape``, float16: see :func:`_shape`.
     """
     features = _features(seed, settings, private)
     if settings.privacy.vectors == "gaussian":
@@ -48,7 +54,7 @@ def profile(
         others = _features(seed, settings, _public_sample(settings, client, public))
         arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
     sent = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return sent | {"seed-shape": _shape(seed, settings, features, public)} if settings.router.statistics == "shape" else sent
+    return sent | {"seed-shape": _shape(seed, settings, features, public)} if shape else sent
 
 
 def _shape(seed: Seed, settings: Settings, private: np.ndarray, public: Dataset) -> np.ndarray:
