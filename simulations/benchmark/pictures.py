@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from metamoe.common.curve import LOSS, RATE, VALIDATION_ACCURACY, VALIDATION_LOSS
 from metamoe.common.events import Event
@@ -166,6 +167,7 @@ def curve_picture(curves: Mapping[str, Sequence[Event]], unit: str) -> bytes:
                 axes.plot(x, y, line, marker="." if len(x) < _MARKED else "", color=LINES[number % len(LINES)], label=label)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#dfe3e8", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     if 1 < len(curves) <= len(LINES):
