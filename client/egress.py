@@ -37,6 +37,7 @@ from metamoe.common.audit.policy import DEFAULT, Policy, check_arrays, check_bud
 from metamoe.common.audit.terms import Terms, check_statistics, check_terms, first_terms, keep_settings
 from metamoe.common.audit.touching import touching
 from metamoe.common.config import Settings
+from metamoe.common.data.datasets import public_fingerprint
 from metamoe.common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
 from metamoe.common.files import write_atomically
 from metamoe.common.model.seed import load_seed
@@ -125,7 +126,7 @@ def _answered(
     said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts)]
     outbox, asked = Outbox.of_run(site, run), question_hash(said, content)
     spent = planned_spending(kind, terms.settings)
-    ever = _asked_ever(kind, asking, content, site) if _answers_once(kind, policy, spent) else None
+    ever = _asked_ever(kind, terms.settings, content, site) if _answers_once(kind, policy, spent) else None
     released = {digest_of(e.arrays): e for e in ledger.run(run) if isinstance(e, Intent) and e.stage == kind}
     answer = outbox.kept(kind, asked)
     if answer is None and ever and (kept := Outbox.of_all_runs(site, ever).kept(kind, ever)):
@@ -163,10 +164,12 @@ def _answers_once(kind: Kind, policy: Policy, spent: list[Spent]) -> bool:
     return kind != "deliver" and bool(policy.limits.max_distinct_statistics) and not (spent and policy.budget)
 
 
-def _asked_ever(kind: Kind, asking: Terms, content: RecordDict, site: Site) -> str:
-    """Hash of a question by all that decides its answer, and nothing of which run it is."""
-    said = [kind, dict(asking.settings), asking.seed_model, asking.public_set, private_hash(site)]
-    return question_hash(said, content)
+def _asked_ever(kind: Kind, settings: Settings, content: RecordDict, site: Site) -> str:
+    """Hash of a question by all that decides its answer, and nothing of which run it is. Seed and public set are those that
+    this client holds: where they are no longer what they were, an answer from before is none.
+    """
+    own = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
+    return question_hash([kind, touching(settings), *own, private_hash(site)], content)
 
 
 def planned_spending(kind: Kind, settings: Settings) -> list[Spent]:

@@ -83,7 +83,7 @@ def up(folder: Path, progress: Callable[[str], None]) -> None:
     for file, problem in certificate_problems(folder, federation, datetime.now(UTC)).items():
         if problem:
             raise InputFileError(f"{file} {problem}")
-    if not running.alive(_SERVER):
+    if not _answers(folder, running):
         progress("starting the server")
         _end(running, _SERVER)
         _start_server(folder, federation, running)
@@ -253,6 +253,24 @@ def _started(pid: int) -> Started:
 
 def _end(running: Running, party: str) -> None:
     flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
+
+
+def _answers(folder: Path, running: Running) -> bool:
+    """Whether the server runs. One that was killed just now may still be there, so it has to answer too.
+
+    Raises:
+        RunFailedError: it runs and does not answer.
+    """
+    deadline = time.monotonic() + _ONLINE_SECONDS
+    while running.alive(_SERVER):
+        try:
+            online_nodes(folder)
+            return True
+        except RunFailedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+    return False
 
 
 def _wait_gone(folder: Path, name: str, progress: Callable[[str], None]) -> None:

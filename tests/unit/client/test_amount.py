@@ -97,11 +97,14 @@ def form(message: Message) -> dict[str, Any]:
     return {"metadata": metadata, "arrays": arrays}
 
 
+MEASURED = ("ids", "time", "timings", "cpu_seconds", "memory", "peak_memory")
+
+
 def masked(value: Any) -> Any:
     """JSON without hashes, keys, signatures, times, and measured numbers; whole numbers stay."""
     match value:
         case dict():
-            return {key: masked(of) for key, of in value.items() if key not in ("ids", "time", "timings", "cpu_seconds")}
+            return {key: masked(of) for key, of in value.items() if key not in MEASURED}
         case list():
             return [masked(of) for of in value]
         case float():

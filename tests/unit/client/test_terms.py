@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from metamoe.client import answer, egress
 from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
@@ -26,7 +27,7 @@ from metamoe.common.audit.touching import touching, touching_names
 from metamoe.common.audit.verify import Verdict, check_ledger, worst
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
-from metamoe.common.errors import PolicyError, SeedMismatchError
+from metamoe.common.errors import PolicyError, PublicDataMismatchError, SeedMismatchError
 from metamoe.common.model.seed import load_seed
 from metamoe.common.presets import changed
 from metamoe.common.wire import ARRAYS, Envelope, Kind, RecordDict, Request, encode_reply, encode_request
@@ -132,6 +133,17 @@ def test_the_same_again_is_sent_as_it_was_in_any_number_of_runs(small: Settings,
             again = audited(kind, request(small, kind), site, lambda _: pytest.fail("computed"))
             assert {n: a.data for n, a in reply[ARRAYS].items()} == {n: a.data for n, a in again[ARRAYS].items()}
     assert worst(f for f in check_ledger(site.audit).findings if f.verdict is not Verdict.INCOMPLETE) is Verdict.FINE
+
+
+def test_a_client_that_holds_another_public_set_than_before_says_so_and_sends_nothing_from_its_store(
+    small: Settings, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent(small, site)
+    asked = request(small)
+    for module in (egress, answer):
+        monkeypatch.setattr(module, "public_fingerprint", lambda _: "f" * 64)
+    with pytest.raises(PublicDataMismatchError, match="this client's is ffff"):
+        audited("profile", asked, site, partial(respond, "profile", site=site))
 
 
 def test_experts_for_other_proxies_are_other_statistics(small: Settings, site: Site) -> None:
