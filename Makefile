@@ -44,7 +44,7 @@ lint: .venv/installed types  ## style, format and types
 
 types:
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(CURDIR)/metamoe/*.py $(CURDIR)/metamoe/serving $(TYPES)
+	ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(CURDIR)/metamoe/*.py $(CURDIR)/metamoe/serving $(CURDIR)/metamoe/tracking $(TYPES)
 
 docs: .venv/installed types  ## the site, in build/site; fails on a broken link
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -25,6 +25,7 @@ from metamoe.common.data.tasks import features
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
 from metamoe.common.model.seed import Seed, seed_at
 from metamoe.common.presets import load_settings
+from metamoe.server.unify import FISHER_ODDS
 
 
 def main(
@@ -46,7 +47,8 @@ def main(
         rows, biases = fisher_rows(
             np.concatenate([means[:, layer], public[:, layer].mean(axis=0, keepdims=True)]), shrunk_covariance(public[:, layer])
         )
-        biases[-1] += settings.router.seed_log_odds
+        odds = settings.router.seed_log_odds
+        biases[-1] += FISHER_ODDS if odds == "auto" else odds
         shares = []
         for domain, values in zip(tests, features[len(private) :], strict=True):
             chosen = (values[:, layer] @ rows.T + biases).argmax(axis=1)

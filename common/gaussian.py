@@ -57,6 +57,12 @@ class Gaussians:
     factors: np.ndarray
     biases: np.ndarray
 
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """The log-likelihoods of features [n, D], up to a constant shared by all. float64 [n, K]."""
+        own = ((features - self.centre) @ self.projection.T)[:, None] - self.means
+        near = np.einsum("nkd,krd->nkr", own, self.factors, optimize=True)
+        return 0.5 * (np.square(near).sum(-1) - np.square(own * self.scales).sum(-1)) + self.biases
+
 
 def coordinate_rows(seed: int, clients: int, count: int) -> np.ndarray:
     """Which of ``count`` public samples both sides make the white coordinates from. int64, ascending."""

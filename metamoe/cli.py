@@ -25,7 +25,7 @@ from metamoe.cli_deploy import deploy
 from metamoe.cli_export import export, push
 from metamoe.cli_model import evaluate, predict
 from metamoe.cli_serve import route, serve
-from metamoe.cli_simulate import embed, resume, simulate, status
+from metamoe.cli_simulate import embed, resume, simulate, status, track
 from metamoe.cli_text import chat, generate
 from metamoe.common.config import Settings
 from metamoe.common.errors import MetaMoEError
@@ -140,6 +140,7 @@ for command in (
     simulate,
     resume,
     status,
+    track,
     embed,
     benchmark,
     report,

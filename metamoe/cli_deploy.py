@@ -146,9 +146,10 @@ def _unfinished(folder: Path) -> Path:
 
 def _follow(folder: Path, settings: Settings, target: Path) -> None:
     from metamoe.deploy.processes import submit, with_names
-    from metamoe.progress import live
+    from metamoe.follow import followed, logs_of_run
+    from metamoe.progress import shown
 
-    with live(settings, target, notes):
+    with shown(settings, notes) as board, followed(logs_of_run(settings, target), [board]):
         submit(folder, settings, target)
     summary = target / "server" / "summary.json"
     found = json.loads(summary.read_text())

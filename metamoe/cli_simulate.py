@@ -12,6 +12,12 @@ from metamoe.common.presets import load_settings
 from metamoe.options import DataDir, Preset, Set, console, json_option, notes, put_json, settings_of
 from metamoe.show import show_table
 from metamoe.simulation import Backend, resume_simulation, run_simulation
+from metamoe.tracking import Service
+
+Track = Annotated[
+    list[Service] | None,
+    typer.Option(help="Send settings, curves, tables and pictures there too, or into the run's folder; repeatable."),
+]
 
 
 def simulate(
@@ -25,6 +31,7 @@ def simulate(
         Backend, typer.Option(help="ray: Flower clients on Ray; local: one process, for debugging.")
     ] = Backend.ray,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    track: Track = None,
     as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Run a federation on this machine: stages 1 to 3, then a table of how good every method is."""
@@ -33,16 +40,17 @@ def simulate(
     overrides += [f"seed={seed}"] if seed is not None else []
     settings = settings_of(preset, overrides, data_dir)
     folder = (out or Path("runs") / Path(preset).stem).absolute()
-    _show(run_simulation(settings, folder, backend, overwrite, notes), settings, folder, as_json)
+    _show(run_simulation(settings, folder, backend, overwrite, notes, track or ()), settings, folder, as_json)
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of a run that did not come to its end.")],
+    track: Track = None,
     as_json: Annotated[bool, json_option("what results.json holds, and folder")] = False,
 ) -> None:
     """Go on with a simulation that was stopped or killed: where it was, to the same bits, with the settings in its folder."""
     folder = run.absolute()
-    results = resume_simulation(folder, notes)
+    results = resume_simulation(folder, notes, track or ())
     _show(results, load_settings(str(folder / "settings.toml")), folder, as_json)
 
 
@@ -69,6 +77,17 @@ def status(
         console.print(f"  last heard of at {found.last:%Y-%m-%d %H:%M:%S}", highlight=False)
     if found.state == "stopped":
         console.print(f"'metamoe resume {run}' goes on with it", highlight=False, markup=False, soft_wrap=True)
+
+
+def track(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a client of a deployed federation.")],
+    to: Annotated[list[Service], typer.Option(help="Where; repeatable.")],
+) -> None:
+    """Send what a run or a client wrote down of itself to a tracker: its curves so far, of a run also settings and results."""
+    from metamoe.tracking.outcome import track_folder
+
+    for service, name in track_folder(folder.absolute(), to).items():
+        console.print(f"{service}: {name}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(results: dict[str, Any], settings: Settings, folder: Path, as_json: bool) -> None:

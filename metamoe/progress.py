@@ -1,18 +1,21 @@
-"""Live progress of a run: follows its event files and draws a bar for each stage and each training client."""
+"""Live progress of a run: a bar for each stage and each training client, with losses and memory; lines in a log."""
 
-import threading
+import math
+import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from metamoe.common.config import Settings
-from metamoe.common.events import Event, read_events
+from metamoe.common.events import Event
 from metamoe.server.journal import standing
 
 _STAGES = {
@@ -24,9 +27,10 @@ _STAGES = {
     "deliver": "  clients receive and evaluate the model",
     "evaluate": "  table",
 }
-_POLL_SECONDS = 0.3
 _CLIENT_BARS = 20
 _MINUTE = 60
+_MEMORY_SECONDS = 5
+_SHORT = {"loss": "loss {:.3f}", "validation-loss": "validation {:.3f}", "validation-accuracy": "{:.1f}%"}
 
 
 def show_standing(out: Path, settings: Settings, console: Console) -> None:
@@ -39,27 +43,31 @@ def show_standing(out: Path, settings: Settings, console: Console) -> None:
 class Board:
     """The bars on the screen."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, clients: int) -> None:
+        self._progress, self._each = progress, clients <= _CLIENT_BARS
         self._tasks: dict[str, TaskID] = {}
-        self._waiting = progress.add_task("waiting for the clients", total=None)
+        self._memory = progress.add_task("", total=None, note="")
+        self._looked = -math.inf
+        self._waiting = progress.add_task("waiting for the clients", total=None, note="")
 
     def show(self, event: Event, own: bool = False) -> None:
         """Draw an event; ``own`` marks those that a client wrote about itself."""
         self._progress.update(self._waiting, visible=False)
+        if own and not self._each:
+            return
         if event.stage == "waiting":
             self._wait(event)
             return
         label = f"    {event.client}" if own else _STAGES[event.stage]
         if label not in self._tasks:
-            self._tasks[label] = self._progress.add_task(label, total=event.total)
-        self._progress.update(self._tasks[label], completed=event.done, total=event.total)
+            self._tasks[label] = self._progress.add_task(label, total=event.total, note="")
+        self._progress.update(self._tasks[label], completed=event.done, total=event.total, note=measured(event.metrics))
 
     def _wait(self, event: Event) -> None:
         """Who is waited for, with the time since when; gone when it is back."""
         label = f"    waiting for {event.client}"
         if label not in self._tasks or event.done == 0:
-            self._tasks[label] = self._progress.add_task(label, total=None)
+            self._tasks[label] = self._progress.add_task(label, total=None, note="")
         self._progress.update(self._tasks[label], visible=event.done == 0)
 
     def evaluation(self, done: int, total: int) -> None:
@@ -67,7 +75,10 @@ class Board:
         self.show(Event("evaluate", done, total))
 
     def tick(self) -> None:
-        """Bars move by themselves."""
+        """Bars move by themselves; now and then, what memory is used."""
+        if time.monotonic() - self._looked > _MEMORY_SECONDS:
+            self._looked = time.monotonic()
+            self._progress.update(self._memory, description=memory_used())
 
 
 class Lines:
@@ -85,7 +96,8 @@ class Lines:
     def show(self, event: Event, own: bool = False) -> None:
         """Say an event, or remember it until the next minute."""
         if own:
-            self._own[event.client] = event
+            if self._each:
+                self._own[event.client] = event
         elif event.stage == "waiting":
             if event.done:
                 self._waiting.pop(event.client, None)
@@ -109,13 +121,38 @@ class Lines:
         if time.monotonic() - self._said < _MINUTE or not self._stage.stage:
             return
         parts = [f"{_STAGES[self._stage.stage].strip()}: {self._stage.done} of {self._stage.total}"]
-        parts += [f"{name} {own.done}/{own.total}" for name, own in self._own.items() if own.done < own.total]
+        parts += [
+            " ".join(filter(None, (name, f"{own.done}/{own.total}", measured(own.metrics))))
+            for name, own in self._own.items()
+            if own.done < own.total
+        ]
         parts += [f"waiting for {name} since {since}" for name, since in self._waiting.items()]
-        self._say("; ".join(parts))
+        self._say("; ".join([*parts, memory_used()]))
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         self._console.print(f"{_clock()} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def measured(metrics: Mapping[str, float]) -> str:
+    """What a training has measured, in a few words."""
+    return ", ".join(form.format(metrics[name]) for name, form in _SHORT.items() if name in metrics)
+
+
+def memory_used() -> str:
+    """The memory in use of this machine, by whatever process, and of its cards if it has any."""
+    host = psutil.virtual_memory()
+    parts = [f"memory {(host.total - host.available) / 2**30:.1f} of {host.total / 2**30:.1f} GiB"]
+    if tool := shutil.which("nvidia-smi"):
+        asked = [tool, "--query-gpu=index,memory.used,memory.total", "--format=csv,noheader,nounits"]
+        try:
+            found = subprocess.run(asked, capture_output=True, text=True, timeout=_MEMORY_SECONDS, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return parts[0]
+        for line in found.splitlines():
+            card, used, total = (part.strip() for part in line.split(","))
+            parts.append(f"card {card} {int(used) / 1024:.1f} of {int(total) / 1024:.1f} GiB")
+    return ", ".join(parts)
 
 
 def _clock() -> str:
@@ -131,42 +168,18 @@ def python_console() -> Console:
 
 
 @contextmanager
-def live(settings: Settings, out: Path, console: Console) -> Iterator["Board | Lines"]:
-    """Show progress while the block runs: bars on a terminal, lines in a log."""
+def shown(settings: Settings, console: Console) -> Iterator["Board | Lines"]:
+    """What shows progress while the block runs: bars on a terminal, lines in a log."""
     if not (console.is_terminal or console.is_jupyter):
-        lines = Lines(console, settings.clients)
-        with _followed(settings, out, lines):
-            yield lines
+        yield Lines(console, settings.clients)
         return
-    columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<45}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
-        board = Board(progress)
-        with _followed(settings, out, board):
-            yield board
-
-
-@contextmanager
-def _followed(settings: Settings, out: Path, board: "Board | Lines") -> Iterator[None]:
-    done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(settings, out, board, done), daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        done.set()
-        follower.join()
-
-
-def _follow(settings: Settings, out: Path, board: "Board | Lines", done: threading.Event) -> None:
-    files = {out / "events.jsonl": False}
-    if settings.clients <= _CLIENT_BARS:
-        files |= {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
-    positions = dict.fromkeys(files, 0)
-    finished = False
-    while not finished:
-        finished = done.wait(_POLL_SECONDS)
-        for file, own in files.items():
-            for event, position in read_events(file, positions[file]):
-                positions[file] = position
-                board.show(event, own)
-        board.tick()
+        yield Board(progress, settings.clients)

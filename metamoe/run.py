@@ -1,7 +1,7 @@
 """Runs of a federation in Python: making one, and what it left in its folder."""
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -18,6 +18,7 @@ from metamoe.common.presets import load_settings, with_absolute_paths
 from metamoe.progress import python_console
 from metamoe.results import RunResults
 from metamoe.simulation import Backend, resume_simulation, run_simulation
+from metamoe.tracking import Service
 
 if TYPE_CHECKING:
     import pandas
@@ -99,6 +100,7 @@ def simulate(
     backend: Literal["ray", "local"] = "ray",
     overwrite: bool = False,
     progress: bool = False,
+    track: Sequence[str] = (),
 ) -> Run:
     """Run a federation on this machine: the same as ``metamoe simulate``, to the same bits.
 
@@ -112,6 +114,7 @@ def simulate(
         backend: ray for Flower clients on Ray, local for one process.
         overwrite: replace an earlier run in the folder.
         progress: show the bars that the command shows.
+        track: services that are told of it: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``.
 
     Raises:
         PresetNotFoundError, UnknownSettingError, InvalidSettingError, ProxyCountError: with what was given and what is allowed.
@@ -124,16 +127,23 @@ def simulate(
     given = {name: value for name, value in (("clients", clients), ("seed", seed)) if value is not None}
     chosen = with_absolute_paths(load_settings(str(preset), values={**(settings or {}), **given}))
     folder = Path(out or Path("runs") / Path(preset).stem).absolute()
-    run_simulation(chosen, folder, Backend(backend), overwrite, python_console() if progress else None)
+    run_simulation(chosen, folder, Backend(backend), overwrite, python_console() if progress else None, _services(track))
     return Run(folder)
 
 
-def resume(folder: str | PathLike[str], *, progress: bool = False) -> Run:
+def _services(names: Sequence[str]) -> list[Service]:
+    if unknown := [name for name in names if name not in list(Service)]:
+        raise InvalidSettingError(f"track = {unknown[0]!r} is none of {', '.join(Service)}")
+    return [Service(name) for name in names]
+
+
+def resume(folder: str | PathLike[str], *, progress: bool = False, track: Sequence[str] = ()) -> Run:
     """Go on with a simulation that was interrupted, to the same bits: the same as ``metamoe resume``.
 
     Args:
         folder: of the run.
         progress: show the bars that the command shows.
+        track: see :func:`simulate`.
 
     Raises:
         InputFileError: the folder holds no run.
@@ -141,7 +151,7 @@ def resume(folder: str | PathLike[str], *, progress: bool = False) -> Run:
         MetaMoEError: what stopped the run, of another kind.
     """
     place = Path(folder).absolute()
-    resume_simulation(place, python_console() if progress else None)
+    resume_simulation(place, python_console() if progress else None, _services(track))
     return Run(place)
 
 

@@ -1,6 +1,7 @@
 """One simulation, for the command and for Python: its folder, its data, the run, its results."""
 
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -13,8 +14,10 @@ from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailed
 from metamoe.common.files import read_json, write_atomically
 from metamoe.common.presets import load_settings, to_toml
 from metamoe.deploy import flower
-from metamoe.progress import live, show_standing
+from metamoe.follow import followed, logs_of_run
+from metamoe.progress import show_standing, shown
 from metamoe.simulations.prepare import Placement, prepare, prepare_apart
+from metamoe.tracking import Service, check_services, tracked
 
 _RUN = (
     "settings.toml",
@@ -28,6 +31,11 @@ _RUN = (
     "clients",
     "flower",
     "audit",
+    "tracking.json",
+    "tensorboard",
+    "mlflow",
+    "mlflow.db",
+    "wandb",
 )
 
 
@@ -39,7 +47,12 @@ class Backend(StrEnum):
 
 
 def run_simulation(
-    settings: Settings, folder: Path, backend: Backend, overwrite: bool = False, console: Console | None = None
+    settings: Settings,
+    folder: Path,
+    backend: Backend,
+    overwrite: bool = False,
+    console: Console | None = None,
+    track: Sequence[Service] = (),
 ) -> dict[str, Any]:
     """Run a federation on this machine, from data to results.
 
@@ -49,15 +62,17 @@ def run_simulation(
         backend: where the clients run.
         overwrite: whether an earlier run in the folder may go.
         console: where to show progress; None for nowhere.
+        track: services that are told of it.
 
     Returns:
         The contents of results.json.
 
     Raises:
-        InputFileError, InvalidSettingError: the folder cannot take a run.
+        InputFileError, InvalidSettingError: the folder cannot take a run, or a service cannot be told.
         MetaMoEError: what :func:`prepare` finds, and what stops the run.
     """
     _check_folder(folder, overwrite)
+    check_services(track)
     if console:
         what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
         console.print(f"{what} -> {folder}", soft_wrap=True)
@@ -65,15 +80,16 @@ def run_simulation(
     # Only now, when nothing more can be found wrong at once, does an earlier run go.
     _clear_folder(folder)
     write_atomically(folder / "settings.toml", to_toml(settings))
-    return _run(settings, folder, backend, placement, console)
+    return _run(settings, folder, backend, placement, console, track)
 
 
-def resume_simulation(folder: Path, console: Console | None = None) -> dict[str, Any]:
+def resume_simulation(folder: Path, console: Console | None = None, track: Sequence[Service] = ()) -> dict[str, Any]:
     """Go on with a simulation that did not come to its end, to the same bits; of a finished one, read its results.
 
     Args:
         folder: the run folder, absolute.
         console: where to say what is taken over, and to show progress; None for nowhere.
+        track: services that are told of it, from its beginning.
 
     Returns:
         The contents of results.json.
@@ -98,7 +114,8 @@ def resume_simulation(folder: Path, console: Console | None = None) -> dict[str,
     if console:
         console.print(f"going on: preset {settings.preset}, {backend} -> {folder}", soft_wrap=True)
         show_standing(folder, settings, console)
-    return _run(settings, folder, backend, _prepared(settings, backend, console), console)
+    check_services(track)
+    return _run(settings, folder, backend, _prepared(settings, backend, console), console, track)
 
 
 def _prepared(settings: Settings, backend: Backend, console: Console | None) -> Placement:
@@ -112,17 +129,33 @@ def _prepared(settings: Settings, backend: Backend, console: Console | None) -> 
     return placement
 
 
-def _run(settings: Settings, folder: Path, backend: Backend, placement: Placement, console: Console | None) -> dict[str, Any]:
-    with live(settings, folder, console) if console else nullcontext() as board:
-        # All but the table may be there.
-        if not (folder / "server" / "summary.json").is_file():
-            try:
-                _stages(settings, folder, backend, placement)
-            except RunFailedError as error:
-                raise RunFailedError(f"{error}\nwhat is done is kept: 'metamoe resume {folder}' goes on with it") from error
-        from metamoe.simulations.results import write_results
+def _run(
+    settings: Settings, folder: Path, backend: Backend, placement: Placement, console: Console | None, track: Sequence[Service]
+) -> dict[str, Any]:
+    logs = logs_of_run(settings, folder)
+    with tracked(track, folder, settings) as trackings:
+        with (
+            shown(settings, console) if console else nullcontext() as board,
+            followed(logs, [board] if board else []),
+            followed(logs, trackings),
+        ):
+            # All but the table may be there.
+            if not (folder / "server" / "summary.json").is_file():
+                try:
+                    _stages(settings, folder, backend, placement)
+                except RunFailedError as error:
+                    message = f"{error}\nwhat is done is kept: 'metamoe resume {folder}' goes on with it"
+                    raise RunFailedError(message) from error
+            from metamoe.simulations.results import write_results
 
-        return write_results(settings, folder, board.evaluation if board else lambda _done, _total: None)
+            results = write_results(settings, folder, board.evaluation if board else lambda _done, _total: None)
+        if trackings:
+            from metamoe.tracking.outcome import outcome_of
+
+            outcome = outcome_of(folder)
+            for tracking in trackings:
+                tracking.outcome(outcome)
+        return results
 
 
 def _stages(settings: Settings, folder: Path, backend: Backend, placement: Placement) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from scipy.special import logsumexp
 from torch import Tensor
 
 from metamoe.common.checkpoint import Checkpoint
@@ -15,7 +16,7 @@ from metamoe.common.curve import Curve, Progress
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import Parts, class_names, features, samples_of
 from metamoe.common.fisher import shrunk_covariance
-from metamoe.common.gaussian import Shape, public_coordinates, regularised, shape_rank
+from metamoe.common.gaussian import Gaussians, Shape, public_coordinates, regularised, shape_rank
 from metamoe.common.model.artifact import UnifiedWeights
 from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import Tokens
@@ -29,6 +30,8 @@ from metamoe.server.relevance import tempered_weights
 _STAGE = 3
 _COVARIANCE_SAMPLES = 4_000
 _FRESH_SCALE = 0.02
+# Of the seed against an expert: where rows are linear, and the share of public samples that stay with it where they are not.
+FISHER_ODDS, _KEPT = -8.0, 0.98
 # Of the proxies, in means that are weighted by relevance.
 _EFFECTIVE_SHARE = 0.5
 
@@ -82,7 +85,7 @@ def initial_routers(
             covariance = shrunk_covariance(sample.reshape(len(sample), len(groups), width)[:, group])
         rows, biases = router_rows(by_group[:, group], covariance)
         if router.seed_expert and router.rows == "fisher":
-            biases[-1] += router.seed_log_odds
+            biases[-1] += FISHER_ODDS if router.seed_log_odds == "auto" else router.seed_log_odds
         weights.append(RouterWeights(rows, biases, router.context))
     return weights
 
@@ -97,9 +100,32 @@ def _gaussian_router(
     found = regularised(means, shapes, white, rank, router.shape_pooled, router.shape_identity, router.seed_expert)
     biases = found.biases.copy()
     if router.seed_expert:
-        biases[-1] += router.seed_log_odds
+        rows = np.sort(
+            np.random.default_rng(derived_seed(settings.seed, _STAGE, 0)).permutation(len(public))[:_COVARIANCE_SAMPLES]
+        )
+        looked_at = np.asarray(public[rows], dtype=np.float64).reshape(len(rows), -1)
+        odds = router.seed_log_odds
+        biases[-1] += odds_that_keep(found.scores(looked_at), _KEPT) if odds == "auto" else odds
     quadratic = Quadratic(found.centre, found.projection, found.scales, found.factors)
     return RouterWeights(found.means, biases, router.context, quadratic)
+
+
+def _seed_log_odds(settings: Settings, gaussians: Gaussians, public: np.ndarray) -> float:
+    rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
+    sample = public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])]
+    return odds_that_keep(gaussians.scores(sample.reshape(len(sample), -1).astype(np.float64)), _KEPT)
+
+
+def odds_that_keep(scores: np.ndarray, kept: float) -> float:
+    """Prior log-odds of the seed against an expert at which so many public samples go to the seed: the quantile ``kept`` of
+
+    log sum_k exp s_k(z) - s_0(z).
+
+    Args:
+        scores: of public samples, the experts' and, last, the seed's, [n, K + 1].
+        kept: share of the samples.
+    """
+    return float(np.quantile(logsumexp(scores[:, :-1], axis=1) - scores[:, -1], kept))
 
 
 def _proxy_vectors(seed: Seed, settings: Settings, expert: Expert, proxies: Dataset, scores: np.ndarray) -> np.ndarray:

@@ -129,10 +129,9 @@ def _proxies(folder: Path, settings: Settings, simulated: bool) -> Html:
     """Each client's proxies, the most relevant first, and in a simulation samples of its own above them."""
     if not (folder / "proxies.json").is_file():
         return Html()
-    public, parts = load_public(settings.data), []
-    for name, selection in read_selections(folder / "proxies.json").items():
-        best = np.argsort(-selection.scores, kind="stable")[:_SHOWN]
-        rows = {"its proxies": public.select(selection.ids[best])}
+    parts = []
+    for name, best in _best_proxies(folder, settings).items():
+        rows = {"its proxies": best}
         if simulated:
             own = load_private(settings, settings.client_names.index(name), "train")
             spread = np.linspace(0, len(own) - 1, min(_SHOWN, len(own))).astype(int)
@@ -140,6 +139,23 @@ def _proxies(folder: Path, settings: Settings, simulated: bool) -> Html:
         parts.append(tag("div", tag("h3", name), *(_samples(what, data) for what, data in rows.items()), class_="group"))
     note = f"Of {settings.proxies.count} proxies a client those with the largest relevance."
     return join([*parts, tag("p", note, class_="note")])
+
+
+def sample_sheets(folder: Path) -> dict[str, Image.Image]:
+    """A picture of each client's most relevant proxies; of a run without pictures, none."""
+    settings = load_settings(str(folder / "settings.toml"))
+    shown = _best_proxies(folder, settings) if (folder / "proxies.json").is_file() else {}
+    return {name: _sheet(data) for name, data in shown.items() if "image" in data.features}
+
+
+def _best_proxies(folder: Path, settings: Settings) -> dict[str, Dataset]:
+    """Of each client's proxies the most relevant, in this order."""
+    public = load_public(settings.data)
+    ranked = {
+        name: selection.ids[np.argsort(-selection.scores, kind="stable")[:_SHOWN]]
+        for name, selection in read_selections(folder / "proxies.json").items()
+    }
+    return {name: public.select(ids) for name, ids in ranked.items()}
 
 
 def _samples(what: str, data: Dataset) -> Html:
@@ -150,10 +166,15 @@ def _samples(what: str, data: Dataset) -> Html:
         short = (text if len(text) <= _WORDS else text[: _WORDS - 1] + "…" for text in beginnings)
         return join([title, tag("ul", *(tag("li", text) for text in short))])
     names = data.features["label"].names
+    return join([title, png_picture(_sheet(data), f"{what}: {', '.join(names[label] for label in data['label'])}")])
+
+
+def _sheet(data: Dataset) -> Image.Image:
+    """Images side by side."""
     sheet = Image.new("RGB", (len(data) * _PIXELS, _PIXELS), "white")
     for column, image in enumerate(data["image"]):
         sheet.paste(ImageOps.contain(image.convert("RGB"), (_PIXELS - 4, _PIXELS - 4)), (column * _PIXELS + 2, 2))
-    return join([title, png_picture(sheet, f"{what}: {', '.join(names[label] for label in data['label'])}")])
+    return sheet
 
 
 def _sent(clients: Sequence[dict[str, Any]]) -> Html:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from metamoe.common.config.section import Count, Fraction, NonNegative, Positive, Section
 
@@ -116,11 +116,10 @@ class Router(Section):
     seed_expert: bool = Field(
         True, description="the seed itself as one more expert, with the public mean as its routing vector"
     )
-    seed_log_odds: float = Field(
-        -8.0,
-        allow_inf_nan=False,
-        description="prior log-odds of the seed against an expert, for Fisher rows: 0 where domains look like public samples; "
-        "15 for statistics = shape, whose experts are surer of themselves",
+    seed_log_odds: FiniteFloat | Literal["auto"] = Field(
+        "auto",
+        description="prior log-odds of the seed against an expert; auto: for statistics = shape those at which 98% of public "
+        "samples stay with the seed, else -8, for which domains must lie far from the public samples",
     )
     temperature: Positive = Field(
         1.0,

@@ -1,6 +1,6 @@
 """Federated averaging of one LoRA adapter, as Flower's users do it today: the baseline that sends weights every round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from metamoe.client.expert import train_expert
 from metamoe.common.arrays import read_arrays, write_arrays
 from metamoe.common.compute import derived_seed
 from metamoe.common.config import Settings
-from metamoe.common.curve import unwatched
+from metamoe.common.curve import LOSS, RATE, Progress, unwatched
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import class_names
 from metamoe.common.errors import StateFileError
@@ -32,6 +32,7 @@ def federated_average(
     public: Dataset,
     rounds: int,
     kept: Path | None = None,
+    progress: Progress = unwatched,
 ) -> Expert:
     """One adapter after ``rounds`` rounds of FedAvg (McMahan et al., 2017) over the LoRA matrices.
 
@@ -45,6 +46,8 @@ def federated_average(
         public: the public set, for its class names only.
         rounds: at most the experts' epochs, which they divide.
         kept: file for the adapter after the last round that is done, from which a stopped training goes on; None to keep none.
+        progress: told of every round: the clients' mean loss in their last epoch of it, weighted as their matrices are, and the
+            learning rate that the round began with.
     """
     training = settings.expert_training
     spaces = [label_space(class_names(data), class_names(public)) for data in private]
@@ -64,15 +67,28 @@ def federated_average(
         # Another seed in every round: another order of the samples.
         order = derived_seed(settings.seed, _STAGE, number)
         own = settings.model_copy(update={"expert_training": local, "seed": order})
-        replies = []
+        replies, losses = [], []
         for client, (data, space) in enumerate(zip(private, spaces, strict=True)):
-            trained = train_expert(seed, own, client, [data], space, unwatched, start=shared)
+            last = _Last()
+            trained = train_expert(seed, own, client, [data], space, last, start=shared)
             replies.append(_reply(trained, len(data)))
+            losses.append(last.loss)
         record = aggregate_arrayrecords(replies, _COUNT)
         shared = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
         if kept is not None:
             write_arrays(kept, {name: tensor.numpy() for name, tensor in shared.items()}, {"rounds": number + 1})
+        mean = float(np.average(losses, weights=[len(data) for data in private]))
+        progress(number + 1, rounds, metrics={LOSS: mean, RATE: rate})
     return shared
+
+
+class _Last:
+    """The loss of the last epoch of a training."""
+
+    loss = 0.0
+
+    def __call__(self, done: int, total: int, *, metrics: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
+        self.loss = (metrics or {}).get(LOSS, self.loss)
 
 
 def _reply(expert: Expert, samples: int) -> RecordDict:

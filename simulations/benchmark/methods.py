@@ -166,7 +166,7 @@ _SHAPE = (
     "router.context=1",
     "router.learn-context=false",
     "router.temperature=10",
-    "router.seed-log-odds=15",
+    "router.seed-log-odds=auto",
     "router-training.supervision=none",
 )
 _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -20,6 +20,7 @@ from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public
 from metamoe.common.data.metrics import accuracy
+from metamoe.common.events import EventLog
 from metamoe.common.files import cache_folder, replaced_folder, write_json
 from metamoe.common.model.artifact import Loaded, load_model, save_model
 from metamoe.common.model.batch import Scores
@@ -189,7 +190,8 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
         if not target.is_dir():
             private = [load_private(settings, client, "train") for client in range(settings.clients)]
             kept = target.with_suffix(".round")
-            expert = federated_average(seed, settings, private, load_public(settings.data), rounds, kept)
+            told = partial(EventLog(target.with_suffix(".jsonl")), "fedavg")
+            expert = federated_average(seed, settings, private, load_public(settings.data), rounds, kept, told)
             with replaced_folder(target) as new:
                 save_adapter(new, seed, settings.lora, expert)
             kept.unlink()

@@ -125,15 +125,28 @@ def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
     """Training is replaced by adding a known number; the averaging is Flower's own."""
     seen = []
 
-    def train(_seed, settings, client, samples, _space, _progress, start):
+    told = []
+
+    def note(*at, metrics):
+        told.append((*at, metrics))
+
+    def train(_seed, settings, client, samples, _space, progress, start):
         seen.append((client, len(samples[0]), settings.expert_training.epochs))
+        progress(1, 2, metrics={"loss": 9.0})
+        progress(2, 2, metrics={"loss": 1.0 + client})
         return {name: (matrix + 1 + client).half() for name, matrix in start.items()}
 
     monkeypatch.setattr(fedavg, "train_expert", train)
     settings = changed(small, ["expert-training.epochs=4"])
     private = [load_private(small, 0, "train"), load_private(small, 1, "train").select(range(10))]
-    result = fedavg.federated_average(seed, settings, private, private[0], 2)
+    result = fedavg.federated_average(
+        seed, settings, private, private[0], 2, progress=lambda *at, metrics: told.append((*at, metrics))
+    )
     # 40 samples move by 1 and 10 by 2 in each of two rounds: (40 * 1 + 10 * 2) / 50 = 1.2, and B starts at zero.
     matrix = result[f"{seed.ffn_paths[1]}.fc1.lora_B.weight"]
     torch.testing.assert_close(matrix, torch.full_like(matrix, 2.4), atol=2e-3, rtol=0)
     assert seen == [(0, 40, 2), (1, 10, 2), (0, 40, 2), (1, 10, 2)]
+    # The loss is of each client's last epoch, weighted alike; the rate falls over the rounds.
+    rate = settings.expert_training.learning_rate
+    expected = [(1, 2, {"loss": 1.2, "learning-rate": rate}), (2, 2, {"loss": 1.2, "learning-rate": rate / 2})]
+    assert [(*at, pytest.approx(metrics)) for *at, metrics in told] == expected
