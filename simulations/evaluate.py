@@ -1,6 +1,6 @@
 """Using a seed, experts or a unified model on test images: scores, accuracy, routing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -85,31 +85,6 @@ def dense(model: PreTrainedModel) -> Scores:
 def ensemble(members: Sequence[Scores]) -> Scores:
     """Branch-Train-Merge: the mean of the members' probabilities, (1/K) sum_k softmax(s_k)."""
     return lambda batch: torch.stack([member(batch).softmax(1) for member in members]).mean(0)
-
-
-def routed_ensemble(members: Sequence[Scores], decide: Callable[[Batch], Tensor], top_k: int) -> Scores:
-    """c-BTM (Gururangan et al. 2023): the mean of the chosen members' probabilities, weighted by what they were chosen for,
-    sum_k pi_k softmax(s_k) / sum_k pi_k over the ``top_k`` largest pi. Members that a batch does not need are not run.
-
-    Args:
-        members: K of them.
-        decide: pi of each sample, [B, K].
-        top_k: at most K.
-    """
-
-    def scores(batch: Batch) -> Tensor:
-        weights, chosen = decide(batch).topk(top_k, dim=1)
-        gates = torch.zeros(len(weights), len(members)).scatter(1, chosen, weights / weights.sum(dim=1, keepdim=True))
-        answers = {k: members[k](batch).softmax(1) for k in gates.any(0).nonzero().flatten().tolist()}
-        return torch.stack([gates[:, k, None].to(answer.device) * answer for k, answer in answers.items()]).sum(0)
-
-    return scores
-
-
-def sample_decision(model: UnifiedModel, batch: Batch) -> Tensor:
-    """The router's pi for whole samples in the lowest layer that decides, see :func:`mean_decision`. float32 [B, K]."""
-    _, decisions = model(batch.inputs)
-    return mean_decision(decisions[0], batch.inputs)
 
 
 def mean_decision(decision: Tensor, inputs: Inputs) -> Tensor:

@@ -101,12 +101,12 @@ class Router(Section):
         "expert (the paper's); proxy: the mean of its proxies in its expert, for which it sends nothing",
     )
     statistics: Literal["mean", "shape"] = Field(
-        "mean",
+        "shape",
         description="what a client says of its samples: their mean, or also their shape, a covariance in coordinates in which "
         "the public set is white, for scores that are Gaussian log-likelihoods in place of Fisher's linear ones",
     )
     shape_rank: int = Field(
-        0, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"
+        64, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"
     )
     shape_pooled: Fraction = Field(0.5, description="share of all clients' mean covariance in each one's")
     shape_identity: Fraction = Field(0.02, description="share of the public covariance in each one's, after that")
@@ -122,7 +122,7 @@ class Router(Section):
         "samples stay with the seed, else -8, for which domains must lie far from the public samples",
     )
     temperature: Positive = Field(
-        1.0,
+        10.0,
         description="divides the experts' scores among themselves, not against the seed's: above 1, experts that know much the "
         "same share a sample more evenly",
     )
@@ -133,8 +133,8 @@ class Router(Section):
         "probabilities are averaged, in as many passes",
     )
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one; false is the paper's Eq. 6")
-    context: Fraction = Field(0.97, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
-    learn_context: bool = Field(True, description="train lambda too")
+    context: Fraction = Field(1.0, description="initial lambda: 0 looks at the token alone, 1 at the sequence alone")
+    learn_context: bool = Field(False, description="train lambda too")
 
     @model_validator(mode="after")
     def _check(self) -> "Router":
@@ -171,7 +171,7 @@ class RouterTraining(Section):
         "proxies", description="public: random public samples, as many as all proxies"
     )
     supervision: Literal["task", "provenance", "both", "none"] = Field(
-        "task", description="task loss, each proxy's known client, their sum, or no training at all"
+        "none", description="task loss, each proxy's known client, their sum, or no training at all"
     )
     epochs: Count = Field(3, description="passes over the samples")
     batch_size: Count = Field(64, description="samples of a step")

@@ -13,10 +13,10 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.presets import changed
 
-Use = Literal["seed", "expert", "oracle", "ensemble", "routed-ensemble", "soup", "unified", "pooled", "fedavg"]
+Use = Literal["seed", "expert", "oracle", "ensemble", "soup", "unified", "pooled", "fedavg"]
 """How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'
-probabilities; the mean of those that the unified model's router chooses; one dense model with the experts' mean weights; the
-unified model; the unified model trained on all private samples in one place; one adapter by federated averaging.
+probabilities; one dense model with the experts' mean weights; the unified model; the unified model trained on all private samples
+in one place; one adapter by federated averaging.
 """
 
 
@@ -37,11 +37,18 @@ class Method:
     group: str = ""
 
 
-_PER_LAYER = ("router.decide=per-layer", "router.evidence=layer", "router.seed-expert=false", "router.temperature=1")
+_PER_LAYER = (
+    "router.decide=per-layer",
+    "router.evidence=layer",
+    "router.statistics=mean",
+    "router.seed-expert=false",
+    "router.temperature=1",
+)
 # Experts as they are, with nothing decided about proxies or router.
 _EXPERTS_ONLY = (
     "expert-training.samples=private",
     "proxies.selection=random",
+    "router.statistics=mean",
     "router.rows=fresh",
     "router.vectors=proxy",
     "router-training.supervision=none",
@@ -67,6 +74,7 @@ _PAPER = (
     "router.rows=dot",
     "router.vectors=private",
     "router.context=0.3",
+    "router.learn-context=true",
     *_TASK,
     "router-training.train-experts=true",
     "router-training.learning-rate=1e-3",
@@ -160,15 +168,17 @@ _NEAR = (
 )
 _FAR = (f"data.public-without={list(_NEAR)}",)
 
-# One decision a sample, in closed form: nothing of it is trained.
-_SHAPE = (
-    "router.statistics=shape",
-    "router.context=1",
-    "router.learn-context=false",
-    "router.temperature=10",
-    "router.seed-log-odds=auto",
-    "router-training.supervision=none",
+# Each client by its mean alone: Fisher rows, lambda and the router trained by task loss.
+_MEANS = (
+    "router.statistics=mean",
+    "router.temperature=1",
+    "router.context=0.97",
+    "router.learn-context=true",
+    "router-training.supervision=task",
 )
+_TRAINED = ("router-training.supervision=task",)
+# The embedding is half as wide as what is looked at else, so that whole covariances weigh less.
+_EMBEDDING = ("router.decide=embedding", "router.shape-rank=0")
 _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "proxies": {
         "by relevance alone": ("proxies.selection=relevance",),
@@ -181,14 +191,15 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         for pool in (500, 2_000, 8_000)
     },
     "context": {
-        "lambda = 0": ("router.context=0", "router.learn-context=false"),
-        "lambda from 0.3": ("router.context=0.3",),
-        "lambda = 1": ("router.context=1", "router.learn-context=false"),
+        "means, lambda = 0": (*_MEANS, "router.context=0", "router.learn-context=false"),
+        "means, lambda from 0.3": (*_MEANS, "router.context=0.3"),
+        "means, lambda = 1": (*_MEANS, "router.context=1", "router.learn-context=false"),
     },
-    "rows": {"dot products": ("router.rows=dot",), "fresh": ("router.rows=fresh",)},
+    "rows": {"dot products": (*_MEANS, "router.rows=dot"), "fresh": (*_MEANS, "router.rows=fresh")},
     "decision": {
-        "every layer": ("router.decide=per-layer", "router.evidence=layer", "router.vectors=private"),
+        "means, every layer": (*_MEANS, "router.decide=per-layer", "router.evidence=layer", "router.vectors=private"),
         "once, its own layer alone": ("router.evidence=layer",),
+        "on the embedding": _EMBEDDING,
     },
     "layer": {
         "decided at 0": ("lora.first-layer=0",),
@@ -201,52 +212,55 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "proxies alone": ("expert-training.samples=proxies",),
     },
     "vectors": {
-        "private, in the experts": ("router.vectors=private",),
-        "proxies' means, without seed": ("router.vectors=proxy", "router.seed-expert=false"),
+        "private, in the experts": (*_MEANS, "router.vectors=private"),
+        "proxies' means, without seed": (*_MEANS, "router.vectors=proxy", "router.seed-expert=false"),
         "proxies' plain means, without seed": (
+            *_MEANS,
             "router.vectors=proxy",
             "router.proxy-weights=equal",
             "router.seed-expert=false",
         ),
         "means of proxies by relevance alone, without seed": (
+            *_MEANS,
             "router.vectors=proxy",
             "proxies.selection=relevance",
             "router.seed-expert=false",
         ),
         "means of random proxies, without seed": (
+            *_MEANS,
             "router.vectors=proxy",
             "proxies.selection=random",
             "router.seed-expert=false",
         ),
     },
     "supervision": {
-        "untrained": ("router-training.supervision=none",),
+        "task": _TRAINED,
         "provenance": ("router-training.supervision=provenance",),
         "both": ("router-training.supervision=both",),
     },
-    "shape": {
-        "in one pass": _SHAPE,
-        "on the embedding": (*_SHAPE, "router.decide=embedding"),
-        "on the embedding, answers mixed": (*_SHAPE, "router.decide=embedding", "router.mixing=answers"),
+    "statistics": {"means": _MEANS, "whole covariances": ("router.shape-rank=0",)},
+    "mixing": {
+        "answers": ("router.mixing=answers",),
+        "answers, decided on the embedding": (*_EMBEDDING, "router.mixing=answers"),
     },
     "top-k": {
         "top-1, Eq. 6": _TOP_1,
         "top-2, Eq. 6": ("router.renormalise=false",),
         "top-3": ("router.top-k=3",),
     },
-    "temperature": {"1": ("router.temperature=1",), "5": ("router.temperature=5",)},
+    "temperature": {"1": ("router.temperature=1",), "100": ("router.temperature=100",)},
     "experts": {"at most 3": ("experts.max=3",)},
-    "stage-3": {"experts co-trained": ("router-training.train-experts=true",)},
+    "stage-3": {"experts co-trained": (*_TRAINED, "router-training.train-experts=true")},
     "privacy": {
-        "vectors at epsilon 1": ("privacy.vectors=gaussian", "privacy.epsilon=1"),
-        "vectors at epsilon 2": ("privacy.vectors=gaussian", "privacy.epsilon=2"),
-        "vectors at epsilon 4": ("privacy.vectors=gaussian", "privacy.epsilon=4"),
-        "vectors at epsilon 8": ("privacy.vectors=gaussian", "privacy.epsilon=8"),
+        "vectors at epsilon 1": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=1"),
+        "vectors at epsilon 2": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=2"),
+        "vectors at epsilon 4": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=4"),
+        "vectors at epsilon 8": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=8"),
     },
     "dp-sgd": {
-        "experts at epsilon 8": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),
-        "experts at epsilon 3": ("privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
-        "experts from proxies alone": ("privacy.vectors=gaussian", "expert-training.samples=proxies"),
+        "experts at epsilon 8": (*_MEANS, "privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),
+        "experts at epsilon 3": (*_MEANS, "privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=3"),
+        "experts from proxies alone": (*_MEANS, "privacy.vectors=gaussian", "expert-training.samples=proxies"),
     },
     "public-set": {"nothing near the domains": _FAR},
 }
@@ -271,14 +285,6 @@ _OF_OTHERS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     },
 }
 _OTHER_USES = (
-    Method("mixing: answers", "routed-ensemble", "the chosen experts run whole, their probabilities averaged", group="mixing"),
-    Method(
-        "mixing: answers, temperature 100",
-        "routed-ensemble",
-        "the same with router.temperature=100",
-        ("router.temperature=100",),
-        group="mixing",
-    ),
     Method("merging: btm of aligned experts", "ensemble", "Branch-Train-Merge of metamoe's own experts", group="merging"),
     Method("merging: soup of aligned experts", "soup", "Model Soup of metamoe's own experts", group="merging"),
 )

@@ -38,8 +38,6 @@ from metamoe.simulations.evaluate import (
     domains_of,
     ensemble,
     own_share,
-    routed_ensemble,
-    sample_decision,
     soup,
     test_sets,
 )
@@ -114,11 +112,6 @@ def build(method: Method, settings: Settings) -> Model:
             return Model(best | {PUBLIC: dense(seed.model)}, up, down)
         case "ensemble":
             return Model(dict.fromkeys(everywhere, ensemble(alone)), up, down)
-        case "routed-ensemble":
-            model = load_model(folder / "model", place).model
-            members = [*alone, dense(seed.model)][: len(settings.expert_names)]
-            routed = routed_ensemble(members, partial(sample_decision, model), settings.router.top_k)
-            return Model(dict.fromkeys(everywhere, routed), up, down, summary["cpu_seconds"]["unify"])
         case "soup":
             merged, lora = soup(experts, settings.lora)
             return Model(dict.fromkeys(everywhere, dense(with_lora(seed, lora, merged))), up, down)

@@ -141,7 +141,7 @@ def _prepare(plan: Plan) -> None:
         raise InputFileError(f"--out {plan.out} cannot be used: {error}") from error
     methods = [plan.settings(method, plan.seeds[0]) for method in plan.methods]
     for method, settings in zip(plan.methods, methods, strict=True):
-        if method.use in ("pooled", "routed-ensemble") and settings.experts.max < settings.clients:
+        if method.use == "pooled" and settings.experts.max < settings.clients:
             raise InvalidSettingError(
                 f"experts.max = {settings.experts.max} with clients = {settings.clients}: {method.name} needs an expert for "
                 "every client"

@@ -10,7 +10,7 @@ from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_private
 from metamoe.common.data.metrics import accuracy
 from metamoe.common.data.tasks import ImageSamples
-from metamoe.common.model.batch import ImageBatch, Scores
+from metamoe.common.model.batch import ImageBatch
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.moe import UnifiedModel
@@ -18,7 +18,7 @@ from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
 from metamoe.common.presets import changed
 from metamoe.simulations.benchmark import fedavg
-from metamoe.simulations.evaluate import EvaluationSet, domains_of, ensemble, own_share, routed_ensemble, sample_decision, soup
+from metamoe.simulations.evaluate import EvaluationSet, domains_of, ensemble, mean_decision, own_share, soup
 from tests.conftest import random_expert, random_features, random_pixels
 
 
@@ -30,21 +30,6 @@ def test_btm_is_the_mean_of_probabilities() -> None:
     torch.testing.assert_close(scores(ImageBatch(torch.zeros(1), torch.zeros(1), torch.zeros(1))), torch.tensor([expected]))
 
 
-def test_a_routed_ensemble_is_the_mean_of_the_chosen_weighted_by_the_router() -> None:
-    members = [torch.log(torch.tensor([[1.0, 3.0]] * 2)), torch.zeros(2, 2), torch.log(torch.tensor([[4.0, 1.0]] * 2))]
-    asked = []
-
-    def member(k: int) -> Scores:
-        return lambda _batch: asked.append(k) or members[k]
-
-    # Of the first sample 3/4 and 1/4 of what is chosen, of the second all.
-    decision = torch.tensor([[0.6, 0.1, 0.2, 0.1], [0.0, 0.0, 1.0, 0.0]])
-    scores = routed_ensemble([member(k) for k in range(3)] + [member(3)], lambda _batch: decision, 2)
-    expected = [[3 / 4 * 1 / 4 + 1 / 4 * 4 / 5, 3 / 4 * 3 / 4 + 1 / 4 * 1 / 5], [4 / 5, 1 / 5]]
-    torch.testing.assert_close(scores(ImageBatch(torch.zeros(2), torch.zeros(2), torch.zeros(1))), torch.tensor(expected))
-    assert asked == [0, 2]
-
-
 def test_the_decision_of_a_sample_is_the_mean_over_its_tokens(seed: Seed, settings: Settings) -> None:
     routers = [RouterWeights(random_features(3, seed.width) * 2, np.zeros(3), settings.router.context)]
     experts = [random_expert(seed, settings, k) for k in range(3)]
@@ -52,7 +37,7 @@ def test_the_decision_of_a_sample_is_the_mean_over_its_tokens(seed: Seed, settin
     batch = ImageBatch(random_pixels(3), torch.zeros(3), torch.zeros(1))
     with torch.inference_mode():
         _, decisions = model(batch.inputs)
-        found = sample_decision(model, batch)
+        found = mean_decision(decisions[0], batch.inputs)
     # Every token has its own.
     assert decisions[0].shape[1] > 1
     torch.testing.assert_close(found, decisions[0].exp().mean(1))
