@@ -15,8 +15,8 @@ from metamoe.common.presets import changed
 
 Use = Literal["seed", "expert", "oracle", "ensemble", "soup", "unified", "pooled", "fedavg"]
 """How a method answers: the seed alone; one expert alone; each test set by its own domain's experts; the mean of all experts'
-probabilities; one dense model with the experts' mean weights; the unified model; the unified model trained on all private samples
-in one place; one adapter by federated averaging.
+probabilities; one dense model with the experts' mean weights; the unified model; the same trained on all private samples in one
+place; one adapter by federated averaging.
 """
 
 
@@ -199,7 +199,6 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "decision": {
         "means, every layer": (*_MEANS, "router.decide=per-layer", "router.evidence=layer", "router.vectors=private"),
         "once, its own layer alone": ("router.evidence=layer",),
-        "on the embedding": _EMBEDDING,
     },
     "layer": {
         "decided at 0": ("lora.first-layer=0",),
@@ -238,10 +237,12 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "provenance": ("router-training.supervision=provenance",),
         "both": ("router-training.supervision=both",),
     },
-    "statistics": {"means": _MEANS, "whole covariances": ("router.shape-rank=0",)},
-    "mixing": {
-        "answers": ("router.mixing=answers",),
-        "answers, decided on the embedding": (*_EMBEDDING, "router.mixing=answers"),
+    "statistics": {"means": _MEANS},
+    "shape-rank": {"32": ("router.shape-rank=32",), "whole covariances": ("router.shape-rank=0",)},
+    "mixing": {"answers": ("router.mixing=answers",)},
+    "embedding": {
+        "mixed in layers": _EMBEDDING,
+        "answers mixed": (*_EMBEDDING, "router.mixing=answers"),
     },
     "top-k": {
         "top-1, Eq. 6": _TOP_1,

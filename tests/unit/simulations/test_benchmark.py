@@ -105,14 +105,14 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     out = tmp_path / "out"
     arguments = ("benchmark", "--preset", str(preset), "--seeds", "2", "--out", str(out))
     methods = "zero-shot,expert:greek,oracle,btm,soup,flexolmo,fedavg,unrestricted-moe,metamoe"
-    assert run_metamoe(*arguments, "--methods", methods, "--ablation", "rows,mixing") == 0
+    assert run_metamoe(*arguments, "--methods", methods, "--ablation", "rows,embedding") == 0
     results = read_results(out)
     assert list(results.methods) == methods.split(",")
     assert list(results.ablations) == [
         "rows: dot products",
         "rows: fresh",
-        "mixing: answers",
-        "mixing: answers, decided on the embedding",
+        "embedding: mixed in layers",
+        "embedding: answers mixed",
     ]
     assert results.seeds == [0, 1]
     for record in [*results.methods.values(), *results.ablations.values()]:
