@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 
 from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.expert import expert_samples, train_expert
-from metamoe.client.profile import profile
+from metamoe.client.profile import client_evidence, profile
 from metamoe.client.site import Site
 from metamoe.common.compute import ON_CPU, derived_seed, threads
 from metamoe.common.config import Settings
@@ -27,6 +27,7 @@ from metamoe.common.data.pixels import all_pixels, batches
 from metamoe.common.data.tasks import class_names, features, labels_in
 from metamoe.common.errors import InputFileError
 from metamoe.common.files import read_json
+from metamoe.common.gaussian import coordinate_rows, coordinates, shape_rank, unpacked_shape
 from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.inputs import embed
 from metamoe.common.model.lora import Expert, with_lora
@@ -57,6 +58,10 @@ class ClientAttack:
         loss_auc: area under the curve of telling training from test samples by the expert's loss; 0.5 is guessing.
         lira_auc, lira_tpr: the same by the likelihood ratio attack (Carlini et al. 2022), and the share of training samples
             found when one in a hundred others is taken for one. None without shadow experts.
+        shape_auc: area under the curve of telling training from test samples by their likelihood under the Gaussian of mean and
+            shape. None if no shape was sent.
+        shape_cosine, shape_cosine_others: how near the shape's principal directions come to single samples: of a sample's
+            deviation from the mean, the largest absolute cosine with any, the median over training and over test samples.
     """
 
     mean_error: float | None
@@ -66,6 +71,9 @@ class ClientAttack:
     loss_auc: float
     lira_auc: float | None
     lira_tpr: float | None
+    shape_auc: float | None = None
+    shape_cosine: float | None = None
+    shape_cosine_others: float | None = None
 
 
 def attack(
@@ -114,6 +122,7 @@ def attack(
                 _auc(*losses),
                 _auc(*lira) if lira else None,
                 _rate_at(*lira) if lira else None,
+                *(shape_attack(seed, settings, client, private, held, public) or ()),
             )
             done(shadows + 1, shadows)
     return results
@@ -170,6 +179,28 @@ def guess_errors(vectors: np.ndarray, proxy_mean: np.ndarray, private_mean: np.n
     """
     wrong = [np.linalg.norm(recovered_mean(vectors, proxy_mean, ratio) - private_mean) for ratio in ratios]
     return np.array(wrong) / np.linalg.norm(proxy_mean - private_mean)
+
+
+def shape_attack(
+    seed: Seed, settings: Settings, client: int, private: Dataset, held: Dataset, public: Dataset
+) -> tuple[float, float, float] | None:
+    """What mean and shape tell of single samples: ``shape_auc``, ``shape_cosine`` and ``shape_cosine_others`` of
+    :class:`ClientAttack`. The server has both in coordinates in which the public set is white.
+    """
+    if not settings.by_shape:
+        return None
+    sent = profile(seed, settings, client, private, public, Site(client, Path()).noise(settings.seed, 1), shape=True)[
+        "seed-shape"
+    ]
+    rows = coordinate_rows(settings.seed, settings.clients, len(public))
+    white = coordinates(client_evidence(seed, settings, public.select(rows)))
+    own, others = (white.white(client_evidence(seed, settings, data)) for data in (private, held))
+    shape = unpacked_shape(sent, settings.router.shape_rank, own.shape[1])
+    covariance, mean = shape.covariance(), own.mean(axis=0)
+    likelihoods = [multivariate_normal(mean, covariance).logpdf(some) for some in (own, others)]
+    directions = np.linalg.eigh(covariance)[1][:, -shape_rank(settings.router.shape_rank, len(covariance)) :]
+    cosines = [np.abs((some - mean) @ directions).max(axis=1) / np.linalg.norm(some - mean, axis=1) for some in (own, others)]
+    return _auc(*likelihoods), *(float(np.median(some)) for some in cosines)
 
 
 def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset) -> tuple[float | None, bool]:

@@ -62,12 +62,17 @@ def _shape(seed: Seed, settings: Settings, private: np.ndarray, public: Dataset)
     the private samples in white coordinates, shrunk as far as their number asks for, all of it or its principal directions.
     """
     rows = coordinate_rows(settings.seed, settings.clients, len(public))
-    white = coordinates(_evidence(_features(seed, settings, public.select(rows)), settings))
+    white = coordinates(client_evidence(seed, settings, public.select(rows)))
     looked_at = _evidence(private, settings)
     moments = Moments(len(white.centre))
     for start in range(0, len(looked_at), _AT_ONCE):
         moments.add(white.white(looked_at[start : start + _AT_ONCE]))
     return packed_shape(shape_of(oracle_shrunk(moments.covariance(), moments.count), settings.router.shape_rank))
+
+
+def client_evidence(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:
+    """What decisions look at, of samples in the frozen seed. float64 [N, D]."""
+    return _evidence(_features(seed, settings, data), settings)
 
 
 def _evidence(features: np.ndarray, settings: Settings) -> np.ndarray:

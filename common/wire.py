@@ -103,7 +103,7 @@ def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact
                 artifacts.append(Artifact("relevance-classifier", "float32", (seed.width + 1,)))
             if routed and not on_embedding:
                 artifacts.append(Artifact("seed-ffn-inputs", "float32", _vectors_shape(settings, seed)))
-            if settings.router.statistics == "shape":
+            if settings.by_shape:
                 size = shape_size(settings.router.shape_rank, evidence_width(seed, settings.lora, settings.router))
                 artifacts.append(Artifact("seed-shape", "float16", (size,), optional=True))
             return artifacts
@@ -138,7 +138,7 @@ def _router_artifacts(name: str, experts: int, settings: Settings, seed: Seed) -
     router = settings.router
     rows, width = experts + router.seed_expert, evidence_width(seed, settings.lora, router)
     shapes: dict[str, tuple[int, ...]] = {"rows": (rows, width), "biases": (rows,), "context": ()}
-    if router.statistics == "shape":
+    if settings.by_shape:
         factors = (rows, shape_rank(router.shape_rank, width), width)
         shapes |= {"centre": (width,), "projection": (width, width), "scales": (rows, width), "factors": factors}
     return [Artifact(f"{name}.{part}", "float32", shape) for part, shape in shapes.items()]

@@ -88,7 +88,7 @@ def attack(
     as_json: Annotated[bool, json_option("what attack.json holds; with --differencing its table")] = False,
 ) -> None:
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
+    membership from the expert's weights and from the shape. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
 
     With --differencing, attack the first client of a federation as a server could that asks often: each run's seed chooses
     another half of the private samples, and the means of all are solved for each sample.
@@ -119,10 +119,10 @@ def attack(
     rows = []
     for name, result in results.items():
         means = (result.mean_error, result.guessed_error, result.class_mix)
-        membership = (result.loss_auc, result.lira_auc, result.lira_tpr)
+        membership = (result.loss_auc, result.lira_auc, result.lira_tpr, result.shape_auc)
         shown = [["" if n is None else f"{n:.3f}" for n in numbers] for numbers in (means, membership)]
         rows.append([name, *shown[0], "right" if result.top_class else "wrong", *shown[1]])
-    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false"], rows, title=title)
+    show_table(console, [*header, "loss AUC", "LiRA AUC", "found at 1% false", "shape AUC"], rows, title=title)
 
 
 def _show_differencing(policy: Policy, settings: Settings, as_json: bool) -> None:

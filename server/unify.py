@@ -56,10 +56,10 @@ def initial_routers(
         scores: their log-odds, [m] each.
         experts: each client's.
         vectors: each client's routing vectors [P, d]; without them, the means over its proxies in its expert are taken.
-        shapes: each client's, for ``router.statistics = "shape"``.
+        shapes: each client's, where these are asked for.
     """
     router = settings.router
-    if router.statistics == "shape":
+    if settings.by_shape:
         return [_gaussian_router(settings, public, np.stack([v for v in vectors if v is not None]), shapes)]
     rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
     groups = evidence_paths(seed, settings.lora, router)

@@ -68,6 +68,12 @@ class Settings(Section):
         return self.data.domains[client % len(self.data.domains)]
 
     @property
+    def by_shape(self) -> bool:
+        """Whether clients say their shape beside their mean, and decisions are by Gaussians."""
+        had = self.router.vectors == "seed" and self.router.rows == "fisher" and self.privacy.vectors == "none"
+        return self.router.statistics == "shape" or (self.router.statistics == "auto" and had)
+
+    @property
     def least_clients(self) -> int:
         """With fewer clients than these a run ends."""
         return self.quorum or self.clients

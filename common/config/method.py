@@ -100,10 +100,11 @@ class Router(Section):
         description="seed: a client's private mean in the frozen seed; private: the mean of what trained its expert, in the "
         "expert (the paper's); proxy: the mean of its proxies in its expert, for which it sends nothing",
     )
-    statistics: Literal["mean", "shape"] = Field(
-        "shape",
+    statistics: Literal["auto", "mean", "shape"] = Field(
+        "auto",
         description="what a client says of its samples: their mean, or also their shape, a covariance in coordinates in which "
-        "the public set is white, for scores that are Gaussian log-likelihoods in place of Fisher's linear ones",
+        "the public set is white, for scores that are Gaussian log-likelihoods in place of Fisher's linear ones; auto: shape "
+        "where it can be had, with vectors = seed, rows = fisher and privacy.vectors = none",
     )
     shape_rank: int = Field(
         64, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"
@@ -118,8 +119,8 @@ class Router(Section):
     )
     seed_log_odds: FiniteFloat | Literal["auto"] = Field(
         "auto",
-        description="prior log-odds of the seed against an expert; auto: for statistics = shape those at which 98% of public "
-        "samples stay with the seed, else -8, for which domains must lie far from the public samples",
+        description="prior log-odds of the seed against an expert; auto: with shapes those at which 98% of public samples stay "
+        "with the seed, else -8, for which domains must lie far from the public samples",
     )
     temperature: Positive = Field(
         10.0,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FieldSerializationInfo, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, FieldSerializationInfo, ValidationError, field_serializer, model_validator
 from safetensors.numpy import load_file, save_file
 
 from metamoe.common import config
@@ -35,6 +35,8 @@ FORMAT = 6
 _OLDER = 5
 _SINCE_6 = {"statistics", "shape_rank", "shape_pooled", "shape_identity", "mixing"}
 """Settings of the router that format 5 does not have. A model that does without them is written in that format."""
+_IN_5 = {"statistics": "mean", "mixing": "layers"}
+"""What there was in place of them."""
 MANIFEST = "manifest.json"
 _ROUTER = "router.safetensors"
 
@@ -78,6 +80,13 @@ class Manifest(BaseModel):
     block_words: int = 64
     files: dict[str, str]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_5(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("format") == _OLDER and isinstance(values.get("router"), dict):
+            return {**values, "router": {**values["router"], **_IN_5}}
+        return values
+
     @field_serializer("router")
     def _in_its_format(self, router: config.Router, info: FieldSerializationInfo) -> dict[str, Any]:
         left_out = _SINCE_6 if self.format == _OLDER else None
@@ -119,18 +128,19 @@ def save_model(
         classes: names among which the model chooses unless told otherwise.
         weights: the model's.
     """
+    router = settings.router.model_copy(update={"statistics": "shape" if settings.by_shape else "mean"})
     with replaced_folder(folder) as new:
         for name, expert in zip(names, weights.experts, strict=True):
             save_adapter(new / "experts" / name, seed, settings.lora, expert)
         save_file(router_arrays(weights.routers), new / _ROUTER)
         files = {str(f.relative_to(new)): _sha256(f) for f in sorted(new.rglob("*")) if f.is_file()}
         manifest = Manifest(
-            format=_format_of(settings.router),
+            format=_format_of(router),
             seed_model=settings.seed_model,
             seed_fingerprint=seed.fingerprint,
             experts=names,
             lora=settings.lora,
-            router=settings.router,
+            router=router,
             prompt=settings.data.prompt,
             list_choices=settings.data.list_choices,
             background=settings.data.background,
@@ -221,7 +231,7 @@ def load_model(folder: Path, at: Place | None = None) -> Loaded:
 
 def _format_of(router: config.Router) -> int:
     """The lowest format that has all these settings."""
-    new = any(getattr(router, name) != config.Router.model_fields[name].default for name in _SINCE_6)
+    new = any(getattr(router, name) != value for name, value in _IN_5.items())
     return FORMAT if new or router.decide == "embedding" else _OLDER
 
 

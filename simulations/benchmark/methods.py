@@ -37,18 +37,11 @@ class Method:
     group: str = ""
 
 
-_PER_LAYER = (
-    "router.decide=per-layer",
-    "router.evidence=layer",
-    "router.statistics=mean",
-    "router.seed-expert=false",
-    "router.temperature=1",
-)
+_PER_LAYER = ("router.decide=per-layer", "router.evidence=layer", "router.seed-expert=false", "router.temperature=1")
 # Experts as they are, with nothing decided about proxies or router.
 _EXPERTS_ONLY = (
     "expert-training.samples=private",
     "proxies.selection=random",
-    "router.statistics=mean",
     "router.rows=fresh",
     "router.vectors=proxy",
     "router-training.supervision=none",

@@ -19,6 +19,7 @@ from metamoe.audit.attacks import (
     likelihood_ratio,
     mean_error,
     recovered_mean,
+    shape_attack,
 )
 from metamoe.client.expert import expert_routing_vectors
 from metamoe.common.audit.verify import Verdict
@@ -86,6 +87,18 @@ def test_confidence_is_the_log_odds_of_the_true_class(small: Settings) -> None:
     scores = confidence(seed, small, rounded(random_expert(seed, small, 0)), private, private, public)
     assert scores.shape == (40,)
     assert np.isfinite(scores).all()
+
+
+def test_a_shape_of_few_samples_tells_them_from_others(small: Settings) -> None:
+    seed, private, public = load_seed(small.seed_model), load_private(small, 0, "train"), load_public(small.data)
+    few, others = private.select(range(6)), load_private(small, 0, "test")
+    found = shape_attack(seed, small, 0, few, others, public)
+    assert found is not None
+    area, own, of_others = found
+    # Six samples in 16 dimensions: they lie in the directions that are sent, others less so.
+    assert area > 0.6
+    assert own > of_others
+    assert shape_attack(seed, changed(small, ["router.statistics=mean"]), 0, few, others, public) is None
 
 
 def test_areas_and_rates_by_hand() -> None:

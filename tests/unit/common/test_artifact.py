@@ -13,6 +13,7 @@ from metamoe.common.model.lora import rounded
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
+from metamoe.common.presets import changed
 from tests.conftest import random_expert, random_features, random_pixels
 
 NAMES = ["one", "two", "three"]
@@ -54,6 +55,18 @@ def test_equal_models_have_equal_hashes(
     weights.routers[0].rows[0, 0] += 1
     other = save_model(tmp_path / "other", seed, small, NAMES, ["a", "b"], weights)
     assert other.model_hash != again.model_hash
+
+
+def test_a_model_by_means_is_written_and_read_as_it_was_before_there_were_shapes(
+    seed: Seed, small: Settings, weights: UnifiedWeights, tmp_path: Path
+) -> None:
+    settings = changed(small, ["router.statistics=mean"])
+    written = save_model(tmp_path / "old", seed, settings, NAMES, ["a", "b"], weights)
+    text = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    assert text["format"] == 5
+    assert not {"statistics", "mixing", "shape-rank"} & set(text["router"])
+    found = load_model(tmp_path / "old").manifest
+    assert (found.router.statistics, found.router.mixing, found.model_hash) == ("mean", "layers", written.model_hash)
 
 
 @pytest.mark.parametrize(

@@ -77,23 +77,40 @@ def test_wrong_settings_are_named(override: str, error: type[MetaMoEError], mess
 
 
 def test_a_lambda_that_could_not_learn_is_refused() -> None:
-    changes = ["router.context=1", "router-training.supervision=provenance"]
+    changes = ["router.learn-context=true", "router-training.supervision=provenance"]
     with pytest.raises(InvalidSettingError, match="no gradient from provenance"):
         load_settings("glyphs", changes)
     load_settings("glyphs", [*changes, "router.learn-context=false"])
-    both = ["router.context=1", "router-training.supervision=both"]
+    both = ["router.learn-context=true", "router-training.supervision=both"]
     load_settings("glyphs", both)
     with pytest.raises(InvalidSettingError, match="no gradient from provenance"):
         load_settings("glyphs", [*both, "router.top-k=1"])
 
 
 @pytest.mark.parametrize(
+    ("overrides", "shape"),
+    [
+        ([], True),
+        (["router.vectors=proxy"], False),
+        (["router.rows=dot"], False),
+        (["privacy.vectors=gaussian"], False),
+        (["router.statistics=mean"], False),
+        (["router.statistics=shape"], True),
+    ],
+)
+def test_a_shape_is_sent_where_it_can_be_had(overrides: list[str], shape: bool) -> None:
+    assert load_settings("glyphs", overrides).by_shape is shape
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["router.statistics=shape", "privacy.vectors=gaussian"], "the noise covers means, and no covariance"),
+        (["router.statistics=shape", "router.rows=dot"], "set vectors = seed and rows = fisher"),
         (["quorum=1", "router.top-k=3"], "top-k = 3 is more than the 2 experts of quorum = 1"),
         (["router.decide=per-layer"], "evidence = prefix needs router.decide = once"),
         (["router.decide=per-layer", "router.evidence=layer"], "vectors = seed needs router.decide = once"),
-        (["router-training.train-router=false"], "neither router nor experts"),
+        (["router-training.supervision=task", "router-training.train-router=false"], "neither router nor experts"),
         (["router-training.samples=public", "router-training.supervision=both"], "no client's"),
         (
             [

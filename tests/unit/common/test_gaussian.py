@@ -8,7 +8,6 @@ from sklearn.covariance import OAS
 from metamoe.common.fisher import fisher_rows
 from metamoe.common.gaussian import (
     Coordinates,
-    Gaussians,
     Moments,
     Shape,
     coordinates,
@@ -27,13 +26,6 @@ PLAIN = Coordinates(np.zeros(2), np.eye(2))
 def random_covariance(width: int, number: int) -> np.ndarray:
     rows = np.random.default_rng(number).normal(size=(2 * width, width)) * np.linspace(0.5, 3, width)
     return rows.T @ rows / len(rows)
-
-
-def scores(found: Gaussians, x: np.ndarray) -> np.ndarray:
-    """The docstring's formula, term by term. [n, K]."""
-    apart = ((x - found.centre) @ found.projection.T)[:, None] - found.means
-    near = np.einsum("nkd,krd->nkr", apart, found.factors)
-    return -0.5 * ((apart * found.scales) ** 2).sum(-1) + 0.5 * (near**2).sum(-1) + found.biases
 
 
 def relative(values: np.ndarray) -> np.ndarray:
@@ -57,7 +49,7 @@ def test_scores_are_log_likelihoods_of_the_regularised_gaussians(rank: int) -> N
         multivariate_normal(centre, white.factor @ covariance @ white.factor.T).logpdf(x)
         for centre, covariance in zip(centres, [*in_white, np.eye(WIDTH)], strict=True)
     ]
-    np.testing.assert_allclose(relative(scores(found, x)), relative(np.stack(expected, axis=1)), atol=1e-9)
+    np.testing.assert_allclose(relative(found.scores(x)), relative(np.stack(expected, axis=1)), atol=1e-9)
 
 
 def test_equal_covariances_give_fisher_rows() -> None:
@@ -67,7 +59,7 @@ def test_equal_covariances_give_fisher_rows() -> None:
     public = Shape(np.eye(WIDTH), 0.0)
     for shapes in ([public, None, public], [None, None, None]):
         found = regularised(means, shapes, white, WIDTH, 0.5, 0.1, seed=True)
-        np.testing.assert_allclose(relative(scores(found, x)), relative(x @ rows.T + biases), atol=1e-9)
+        np.testing.assert_allclose(relative(found.scores(x)), relative(x @ rows.T + biases), atol=1e-9)
 
 
 def test_regularisation_by_hand() -> None:
@@ -78,13 +70,13 @@ def test_regularisation_by_hand() -> None:
     shapes = [Shape(np.diag([2.0, 1.0]), 0.0), Shape(np.diag([np.sqrt(2), 1.0]), 0.0)]
     found = regularised(np.array([[0.0, 0.0], [1.0, 0.0]]), shapes, PLAIN, 2, 0.5, 0.2, seed=True)
     expected = [-3.5 - np.log(3) / 2, -0.5 * (4 / 2.2 + 4) - np.log(2.2) / 2, -6.5]
-    np.testing.assert_allclose(scores(found, np.array([[3.0, 2.0]]))[0], expected, atol=1e-12)
+    np.testing.assert_allclose(found.scores(np.array([[3.0, 2.0]]))[0], expected, atol=1e-12)
 
 
 def test_a_client_without_a_shape_has_the_others_mean() -> None:
     shapes = [Shape(np.diag([2.0, 1.0]), 0.0), None]
     found = regularised(np.zeros((2, 2)), shapes, PLAIN, 2, 0.25, 0.0, seed=False)
-    same = scores(found, np.random.default_rng(0).normal(size=(5, 2)))
+    same = found.scores(np.random.default_rng(0).normal(size=(5, 2)))
     np.testing.assert_allclose(same[:, 0], same[:, 1], atol=1e-12)
 
 
@@ -158,7 +150,7 @@ def test_twenty_samples_of_many_features_give_no_false_certainty(width: int) -> 
     found = regularised(np.stack(means), shapes, white, 8, 0.5, 0.1, seed=True)
     domains = [rng.normal(size=(50, width)) * spread + shift, rng.normal(size=(50, width)) * spread - shift]
     for own, unseen in enumerate([*domains, rng.normal(size=(50, width))]):
-        values = scores(found, unseen)
+        values = found.scores(unseen)
         assert np.isfinite(values).all()
         assert (values.argmax(axis=1) == own).all()
 

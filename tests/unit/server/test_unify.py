@@ -8,12 +8,14 @@ from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.data.pixels import batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
+from metamoe.common.gaussian import Shape
+from metamoe.common.model.gaussian_router import GaussianRouter
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.seed import Seed
 from metamoe.common.model.vectors import batch_features
 from metamoe.common.presets import changed
 from metamoe.server.relevance import tempered_weights
-from metamoe.server.unify import initial_routers, router_samples
+from metamoe.server.unify import initial_routers, odds_that_keep, router_samples
 from tests.conftest import random_expert, random_features
 
 CLIENTS = 2
@@ -29,7 +31,7 @@ def routers(seed: Seed, settings: Settings, vectors: list, **given: object) -> l
 
 @pytest.fixture
 def two(small: Settings) -> Settings:
-    return changed(small, ["clients=2", "lora.first-layer=1"])
+    return changed(small, ["clients=2", "lora.first-layer=1", "router.statistics=mean"])
 
 
 def public_inputs(layers: int) -> np.ndarray:
@@ -44,6 +46,28 @@ def test_dot_products_are_the_vectors_side_by_side_and_the_public_mean(seed: See
     np.testing.assert_allclose(router.rows[2], public.mean(axis=0).ravel())
     assert not router.biases.any()
     assert router.context == two.router.context
+
+
+def test_the_odds_that_keep_public_samples_are_a_quantile_of_the_experts_lead() -> None:
+    # Two equal experts lead the seed by log 2 + 0, 1, ..., 4.
+    scores = np.array([[3.0, 3.0, 3.0 - lead] for lead in range(5)])
+    assert odds_that_keep(scores, 0.75) == pytest.approx(np.log(2) + 3)
+    assert odds_that_keep(scores, 1.0) == pytest.approx(np.log(2) + 4)
+
+
+def test_by_shapes_the_seed_keeps_98_of_100_public_samples(seed: Seed, small: Settings) -> None:
+    settings = changed(small, ["clients=2", "lora.first-layer=1", "router.shape-rank=3"])
+    public, vectors = public_inputs(2), [random_features(2, 16, k) for k in range(CLIENTS)]
+    narrow = Shape(np.full((3, 32), 0.1), 0.2)
+    experts = [random_expert(seed, settings, k) for k in range(CLIENTS)]
+    (router,) = initial_routers(seed, settings, public, [None] * 2, [None] * 2, experts, vectors, [narrow, narrow])
+    assert router.quadratic is not None
+    made = GaussianRouter(router, settings.router)
+    with torch.inference_mode():
+        found = made.scored(torch.tensor(public.reshape(PUBLIC, 1, 32), dtype=torch.float32))[:, 0]
+    stays = found[:, -1] >= found[:, :-1].logsumexp(1)
+    # 2% of 300 are six.
+    assert int((~stays).sum()) == 6
 
 
 def test_fisher_rows_are_of_the_evidence_as_a_whole_with_a_prior_on_the_seed(seed: Seed, two: Settings) -> None:
