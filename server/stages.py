@@ -99,7 +99,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             for _ in exchange.ask("expert", requests):
                 pass
 
-        # 4. The experts become one model, whose router learns from the proxies.
+        # 4. The experts become one model, whose router is made of means and shapes, and may learn from the proxies.
         with state.timed("unify"):
             if not state.holds("unify", out / "model" / MANIFEST) or not intact(out / "model"):
                 sent = [

@@ -29,12 +29,14 @@ def model_card(manifest: "Manifest", settings: Settings, licence: str | None, ta
     covered = [f"means of stage 1 at epsilon {privacy.epsilon:g}, delta {privacy.delta:g}"] if privacy.vectors != "none" else []
     if privacy.expert != "none":
         covered.append(f"experts by DP-SGD at epsilon {privacy.expert_epsilon:g}, delta {privacy.expert_delta:g}")
+    trained = " and trained on public samples" if settings.router_training.supervision != "none" else ""
+    shapes = " and covariances" if manifest.router.statistics == "shape" else ""
     lines = [
         _metadata(manifest.seed_model, licence, bool(manifest.classes)),
         "# A unified model by MetaMoE-FL",
         "",
         f"{len(manifest.experts)} experts, each trained by one client on data that stayed with it, as LoRA on the feed-forward "
-        "sublayers of one frozen seed, under a router that was trained on public samples.",
+        f"sublayers of one frozen seed, under a router made of statistics of each client's data{trained}.",
         "",
         "| | |",
         "|---|---|",
@@ -46,7 +48,7 @@ def model_card(manifest: "Manifest", settings: Settings, licence: str | None, ta
         f"| differential privacy | {'; '.join(covered) or 'none'} |",
         f"| hash | {manifest.model_hash} |",
         "",
-        "What left each client: means of the seed's states over its samples, and its expert's matrices; no sample. Matrices "
+        f"What left each client: means{shapes} of the seed's states over its samples, and its expert's matrices; no sample. Matrices "
         "that were trained on samples can tell of them; differential privacy bounds how much, where it is named above.",
         "",
         "```python",

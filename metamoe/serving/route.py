@@ -30,13 +30,14 @@ def inexact(manifest: Manifest) -> str:
     """Why an engine's answers differ from the unified model's; empty where they do not.
 
     Raises:
-        InvalidSettingError: every layer decides, so that no one adapter stands for a prompt.
+        InvalidSettingError: it is not decided once, below the experts.
     """
     router = manifest.router
     if router.decide != "once":
-        raise InvalidSettingError(
-            "router.decide = per-layer: every layer asks other experts, and an engine serves one a prompt"
-        )
+        why = "every layer asks other experts, and an engine serves one a prompt"
+        if router.decide == "embedding":
+            why = "it is decided at the seed's end, which costs as much as the answer"
+        raise InvalidSettingError(f"router.decide = {router.decide}: {why}; it takes a model with router.decide = once")
     if router.top_k > 1:
         return f"router.top-k = {router.top_k}: the engine asks the first of {router.top_k} experts alone"
     if not router.renormalise:

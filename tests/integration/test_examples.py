@@ -49,9 +49,50 @@ def commands(page: Path) -> str:
     return "".join(blocks)
 
 
-def typed(folder: Path) -> str:
-    """What is printed if somebody types the commands of the folder's README there."""
+ENGINE = """
+import argparse
+import torch
+import uvicorn
+from fastapi import FastAPI
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("serve", choices=["serve"])
+parser.add_argument("seed")
+parser.add_argument("--enable-lora", action="store_true", required=True)
+parser.add_argument("--max-lora-rank", type=int)
+parser.add_argument("--max-loras", type=int)
+parser.add_argument("--served-model-name", default=None)
+parser.add_argument("--lora-modules", nargs="+")
+parser.add_argument("--port", type=int)
+given = parser.parse_args()
+modules = dict(module.split("=", 1) for module in given.lora_modules)
+tokenizer = AutoTokenizer.from_pretrained(given.seed)
+first, *others = modules
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given.seed), modules[first], first)
+for name in others:
+    model.load_adapter(modules[name], name)
+app = FastAPI()
+
+@app.post("/v1/completions")
+def completions(told: dict) -> dict:
+    ids = torch.tensor([tokenizer(told["prompt"])["input_ids"]])
+    if told["model"] in modules:
+        model.set_adapter(told["model"])
+    made = model.generate(input_ids=ids, max_new_tokens=told["max_tokens"], do_sample=False)
+    text = tokenizer.decode(made[0, ids.shape[1]:])
+    choice = {"index": 0, "finish_reason": "length", "text": text, "logprobs": None}
+    return {"id": "1", "object": "text_completion", "created": 0, "model": told["model"], "choices": [choice]}
+
+uvicorn.run(app, port=given.port, log_level="warning")
+"""
+
+
+def typed(folder: Path, beside: Path | None = None) -> str:
+    """What is printed if somebody types the commands of the folder's README there, with programs of a folder beside."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{beside}{os.pathsep}{path}" if beside else path
     shell = ["bash", "-euo", "pipefail", "-c", commands(folder / "README.md")]
     done = subprocess.run(shell, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,13 +110,20 @@ def test_pictures_of_ones_own(examples: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["questions", "seed"])
-def test_questions_and_a_decoder_of_ones_own(name: str, examples: Path, decoder: Path) -> None:
+def test_questions_and_a_decoder_of_ones_own(name: str, examples: Path, decoder: Path, tmp_path: Path) -> None:
     file = examples / name / "settings.toml"
     settings, count = re.subn(r'^seed-model = ".*"$', f'seed-model = "{decoder}"', file.read_text(), flags=re.MULTILINE)
     assert count == 1
     file.write_text(settings)
     assert "on 30 questions" in typed(examples / name)
     assert metamoe.open_run(examples / name / "run").model.experts == ["kitchen", "workshop", "seed"]
+    if name == "questions":
+        engine = tmp_path / "programs" / "vllm"
+        engine.parent.mkdir()
+        engine.write_text(f"#!{sys.executable}\n{ENGINE}")
+        engine.chmod(0o755)
+        answers = typed(examples / "vllm", engine.parent).splitlines()[-2:]
+        assert [answer.partition(":")[0] for answer in answers] == ["kitchen", "workshop"], answers
 
 
 def test_a_federation_of_three_organisations(examples: Path) -> None:
