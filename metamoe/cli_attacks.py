@@ -88,7 +88,8 @@ def attack(
     as_json: Annotated[bool, json_option("what attack.json holds; with --differencing its table")] = False,
 ) -> None:
     """Attack a simulation as its server could: the private mean from what was sent, the mix of classes from the proxies, and
-    membership from the expert's weights and from the shape. Writes attack.json to the run's folder. A shadow expert takes as long as a client's.
+    membership from the expert's weights and from the shape. Writes attack.json to the run's folder. A shadow expert takes as
+    long as a client's.
 
     With --differencing, attack the first client of a federation as a server could that asks often: each run's seed chooses
     another half of the private samples, and the means of all are solved for each sample.

@@ -48,8 +48,8 @@ def model_card(manifest: "Manifest", settings: Settings, licence: str | None, ta
         f"| differential privacy | {'; '.join(covered) or 'none'} |",
         f"| hash | {manifest.model_hash} |",
         "",
-        f"What left each client: means{shapes} of the seed's states over its samples, and its expert's matrices; no sample. Matrices "
-        "that were trained on samples can tell of them; differential privacy bounds how much, where it is named above.",
+        f"What left each client: means{shapes} of the seed's states over its samples, and its expert's matrices; no sample. "
+        "Matrices that were trained on samples can tell of them; differential privacy bounds how much, where it is named.",
         "",
         "```python",
         "import metamoe",
