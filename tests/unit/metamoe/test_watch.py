@@ -1,17 +1,19 @@
 """What one sees of a run: from another terminal, and in a log."""
 
 import io
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 from metamoe import progress
 from metamoe.common.errors import InputFileError
 from metamoe.common.events import Event, EventLog
 from metamoe.common.files import alone
-from metamoe.progress import Lines
+from metamoe.progress import Board, Lines, memory_used
 from metamoe.server.journal import JOURNAL
 from metamoe.status import run_status
 
@@ -72,6 +74,35 @@ def test_a_log_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     lines.tick()
     last = shown.getvalue().splitlines()[-1]
     assert "2 clients train experts: 1 of 3; greek 4/9; waiting for client arrows since " in last
+
+
+def test_a_training_shows_its_loss_in_bars_and_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = Event("expert", 2, 9, "greek", metrics={"loss": 0.51234, "learning-rate": 0.1, "validation-accuracy": 78.04})
+    text = io.StringIO()
+    with Progress(TextColumn("{task.description} {task.fields[note]}"), console=Console(file=text, width=120)) as bars:
+        board = Board(bars, 3)
+        board.show(event, own=True)
+        board.tick()
+    assert re.search(r"greek loss 0.512, 78.0%", text.getvalue())
+    assert re.search(r"memory [\d.]+ of [\d.]+ GiB", text.getvalue())
+    shown = io.StringIO()
+    lines = Lines(Console(file=shown), 3)
+    lines.show(Event("expert", 0, 3))
+    lines.show(event, own=True)
+    monkeypatch.setattr(progress, "_MINUTE", 0)
+    lines.tick()
+    assert re.search(r"greek 2/9 loss 0.512, 78.0%; memory [\d.]+ of", shown.getvalue())
+
+
+def test_the_memory_of_cards_is_what_their_own_tool_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script in place of the tool, as there is no card here."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, 20480, 81559'\necho '1, 512, 81559'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert memory_used().endswith("card 0 20.0 of 79.6 GiB, card 1 0.5 of 79.6 GiB")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "card" not in memory_used()
 
 
 def test_of_many_clients_a_log_does_not_name_each() -> None:
