@@ -192,7 +192,7 @@ def shape_attack(
     sent = profile(seed, settings, client, private, public, Site(client, Path()).noise(settings.seed, 1), shape=True)[
         "seed-shape"
     ]
-    rows = coordinate_rows(settings.seed, settings.clients, len(public))
+    rows = coordinate_rows(len(public))
     white = coordinates(client_evidence(seed, settings, public.select(rows)))
     own, others = (white.white(client_evidence(seed, settings, data)) for data in (private, held))
     shape = unpacked_shape(sent, settings.router.shape_rank, own.shape[1])

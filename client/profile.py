@@ -61,7 +61,7 @@ def _shape(seed: Seed, settings: Settings, private: np.ndarray, public: Dataset)
     """The shape of what decisions look at, as it is sent (:func:`metamoe.common.gaussian.packed_shape`): the covariance over
     the private samples in white coordinates, shrunk as far as their number asks for, all of it or its principal directions.
     """
-    rows = coordinate_rows(settings.seed, settings.clients, len(public))
+    rows = coordinate_rows(len(public))
     white = coordinates(client_evidence(seed, settings, public.select(rows)))
     looked_at = _evidence(private, settings)
     moments = Moments(len(white.centre))

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metamoe.common.compute import derived_seed
 from metamoe.common.fisher import shrunk_covariance
 
-_STAGE = 1
 _SAMPLES = 4_000
 
 
@@ -64,10 +62,11 @@ class Gaussians:
         return 0.5 * (np.square(near).sum(-1) - np.square(own * self.scales).sum(-1)) + self.biases
 
 
-def coordinate_rows(seed: int, clients: int, count: int) -> np.ndarray:
-    """Which of ``count`` public samples both sides make the white coordinates from. int64, ascending."""
-    rng = np.random.default_rng(derived_seed(seed, _STAGE, clients))
-    return np.sort(rng.permutation(count)[:_SAMPLES])
+def coordinate_rows(count: int) -> np.ndarray:
+    """Which of ``count`` public samples both sides make the white coordinates from: the same in every run, so that a shape is a
+    statistic of a client's samples and the public set alone. int64, ascending.
+    """
+    return np.sort(np.random.default_rng(0).permutation(count)[:_SAMPLES])
 
 
 def coordinates(public: np.ndarray) -> Coordinates:
@@ -76,14 +75,13 @@ def coordinates(public: np.ndarray) -> Coordinates:
     return Coordinates(public.mean(axis=0), np.linalg.cholesky(shrunk_covariance(public)))
 
 
-def public_coordinates(seed: int, clients: int, public: np.ndarray) -> Coordinates:
-    """The white coordinates of a run with this seed and so many clients.
+def public_coordinates(public: np.ndarray) -> Coordinates:
+    """The white coordinates of a public set.
 
     Args:
-        seed, clients: the run's.
         public: what decisions look at, of all public samples, [n, ...], in memory or memory-mapped.
     """
-    rows = coordinate_rows(seed, clients, len(public))
+    rows = coordinate_rows(len(public))
     return coordinates(public[rows].reshape(len(rows), -1))
 
 

@@ -137,7 +137,7 @@ def _merged_shape(members: Sequence[Contribution], settings: Settings, features:
     if not known:
         return None
     means, shapes = zip(*known, strict=True)
-    white = public_coordinates(settings.seed, settings.clients, evidence_of(features, settings.router))
+    white = public_coordinates(evidence_of(features, settings.router))
     return merged_shape(white.white(np.stack(means)), shapes, settings.router.shape_rank)
 
 

@@ -95,7 +95,7 @@ def _gaussian_router(
 ) -> RouterWeights:
     """The one router of decisions by Gaussians; see :func:`metamoe.common.gaussian.regularised`."""
     router, means = settings.router, vectors.reshape(len(vectors), -1)
-    white = public_coordinates(settings.seed, settings.clients, public)
+    white = public_coordinates(public)
     rank = shape_rank(router.shape_rank, means.shape[1])
     found = regularised(means, shapes, white, rank, router.shape_pooled, router.shape_identity, router.seed_expert)
     biases = found.biases.copy()

@@ -43,7 +43,7 @@ from metamoe.simulations.evaluate import (
 )
 
 # Raise it whenever a change of code changes numbers: what was worked out before is then worked out again.
-_CODE = 1
+_CODE = 2
 _POOLED = {
     "samples": "proxies",
     "supervision": "both",

@@ -43,7 +43,7 @@ def test_a_client_sends_the_covariance_of_its_samples(small: Settings, tmp_path:
         whole = np.concatenate([part.double().numpy() for part in parts])
         return whole[:, -1] if settings.router.decide == "embedding" else whole[:, :2].reshape(len(whole), 32)
 
-    white = public_coordinates(settings.seed, settings.clients, seen(load_public(settings.data)))
+    white = public_coordinates(seen(load_public(settings.data)))
     covariance = np.cov(white.white(seen(load_private(settings, 0, "train"))).T, bias=True)
     found = unpacked_shape(sent["seed-shape"], settings.router.shape_rank, len(covariance)).covariance()
     # The trace survives shrinkage and the cut to a few directions.
