@@ -66,7 +66,16 @@ def seed(seed_folder: Path) -> Seed:
 @pytest.fixture
 def settings() -> Settings:
     """Small numbers everywhere, and the paper's router deciding once; the tiny seed is passed beside it."""
-    router = {"context": 0.4, "evidence": "layer", "vectors": "private", "seed-expert": False, "top-k": 1, "renormalise": False}
+    router = {
+        "context": 0.4,
+        "learn-context": True,
+        "evidence": "layer",
+        "vectors": "private",
+        "seed-expert": False,
+        "top-k": 1,
+        "renormalise": False,
+        "temperature": 1,
+    }
     return validated(
         {"clients": 3, "lora": {"rank": 2, "alpha": 4}, "router": router, "router-training": {"supervision": "both"}}
     )
@@ -86,7 +95,7 @@ def small_run(seed_folder: Path) -> Settings:
             "proxies": {"count": 20, "pool": 100},
             "lora": {"rank": 2, "alpha": 4, "first-layer": 1},
             "expert-training": {"epochs": 1, "batch-size": 16},
-            "router-training": {"epochs": 1, "batch-size": 16},
+            "router-training": {"supervision": "task", "epochs": 1, "batch-size": 16},
         }
     )
 

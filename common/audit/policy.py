@@ -123,6 +123,7 @@ DEFAULT = Policy(
         "client": Rule(purpose="tells the server which client answers"),
         "seed-routing-vector": Rule(purpose="proxy selection: public samples near to the private ones are found with it"),
         "seed-ffn-inputs": Rule(purpose="routing: inputs near to this mean go to this client's expert"),
+        "seed-shape": Rule(purpose="routing: how the samples scatter about their mean tells domains apart that lie close"),
         "expert": Rule(purpose="the expert becomes part of the unified model"),
         "ledger": Rule(purpose="lets the server and an auditor check this client's ledger"),
     }
@@ -132,7 +133,6 @@ DEFAULT = Policy(
 SIMULATION = Policy(
     allow=dict(DEFAULT.allow)
     | {
-        "seed-shape": Rule(purpose="routing: how the samples scatter about their mean tells domains apart that lie close"),
         "relevance-classifier": Rule(purpose="proxy selection as in the paper's Appendix A", max_norm=1e6),
         "routing-vectors": Rule(purpose="routing as in the paper"),
         "accuracy": Rule(purpose="the table of results"),

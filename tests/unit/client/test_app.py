@@ -60,7 +60,7 @@ def test_a_profile_is_the_mean_embedding_and_the_clients_number(small: Settings,
     reply = ask("profile", small, tmp_path, client=1)
     assert set(reply.content) == {ARRAYS, AUDIT}
     assert set(reply.content[AUDIT]) == {"audit-key"}
-    assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector", "seed-ffn-inputs"}
+    assert set(reply.content[ARRAYS]) == {"client", "seed-routing-vector", "seed-ffn-inputs", "seed-shape"}
     arrays = decode_reply(reply.content, reply_artifacts("profile", small, load_seed(small.seed_model)))
     assert arrays["client"] == 1
     # The last of these batches is smaller than the others.

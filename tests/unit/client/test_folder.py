@@ -146,7 +146,7 @@ def test_the_command_says_what_is_there_and_what_would_be_sent(
     assert run_metamoe("client", "check", str(folder), *own) == 0
     shown = capsys.readouterr().out
     assert "DIGIT TWO" in shown
-    assert "206,344" in shown
+    assert "239,114" in shown
     write(folder, "train", "PATIENT 4711", 2)
     assert run_metamoe("client", "check", str(folder), *own) == 1
     assert "class 'PATIENT 4711' is neither in data.classes nor public" in capsys.readouterr().out

@@ -199,8 +199,15 @@ def test_delivery_has_one_router_or_one_a_layer(seed: Seed) -> None:
 @pytest.mark.parametrize(
     ("changes", "sent"),
     [
-        ({}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16)}),
-        ({"router": {"evidence": "layer"}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (1, 16)}),
+        # Of 32 and 16 dimensions, fewer than the rank, the whole triangle.
+        ({}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16), "seed-shape": (32 * 33 // 2,)}),
+        (
+            {"router": {"evidence": "layer"}},
+            {"seed-routing-vector": (16,), "seed-ffn-inputs": (1, 16), "seed-shape": (16 * 17 // 2,)},
+        ),
+        ({"router": {"shape-rank": 3}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16), "seed-shape": (97,)}),
+        ({"router": {"statistics": "mean"}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16)}),
+        ({"privacy": {"vectors": "gaussian"}}, {"seed-routing-vector": (16,), "seed-ffn-inputs": (2, 16)}),
         ({"router": {"vectors": "proxy"}}, {"seed-routing-vector": (16,)}),
         ({"router": {"rows": "fresh"}}, {"seed-routing-vector": (16,)}),
         ({"router": {"vectors": "private"}}, {"seed-routing-vector": (16,)}),

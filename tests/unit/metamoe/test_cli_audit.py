@@ -183,6 +183,8 @@ def test_what_an_epsilon_covers_is_said_of_each_artifact(
     assert {kind: (c.releases, c.exact) for kind, c in coverage.items()} == {
         "seed-routing-vector": (2, 1),
         "seed-ffn-inputs": (2, 1),
+        # There is none with noise.
+        "seed-shape": (1, 1),
     }
     for command in ("explain", "budget"):
         run_metamoe("audit", command, str(tmp_path))

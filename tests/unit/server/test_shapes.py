@@ -58,7 +58,7 @@ def test_a_client_sends_the_covariance_of_its_samples(small: Settings, tmp_path:
         SHAPE,
         [*ON_EMBEDDING, *ANSWERS],
         [*ON_EMBEDDING, "router.shape-rank=3", "experts.max=2"],
-        ["router.decide=embedding"],
+        ["router.decide=embedding", "router.statistics=mean"],
     ],
 )
 def test_a_run_decides_by_shapes(small: Settings, tmp_path: Path, changes: list[str]) -> None:
@@ -69,7 +69,7 @@ def test_a_run_decides_by_shapes(small: Settings, tmp_path: Path, changes: list[
     loaded = load_model(tmp_path / "model")
     assert loaded.manifest.format == 6
     (router,) = [router.weights() for router in loaded.model.routers]
-    assert (router.quadratic is not None) == ("router.statistics=shape" in changes)
+    assert (router.quadratic is not None) == ("router.statistics=mean" not in changes)
     names = [artifact["name"] for client in summary["clients"] for artifact in client["artifacts"]]
     assert names.count("seed-shape") == (3 if router.quadratic else 0)
     assert ("seed-ffn-inputs" in names) == (settings.router.decide == "once")

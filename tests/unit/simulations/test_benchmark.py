@@ -50,7 +50,7 @@ def test_an_ablation_that_changes_nothing_is_left_out() -> None:
     by_preset = {name: [method.name for method in ablations(load_settings(name))] for name in ("glyphs", "glyphs-skew")}
     # Three clients have three experts as it is, nine have not.
     assert [("experts: at most 3" in names) for names in by_preset.values()] == [False, True]
-    assert [("temperature: 5" in names) for names in by_preset.values()] == [True, False]
+    assert [("top-k: top-3" in names) for names in by_preset.values()] == [True, False]
 
 
 def test_only_the_pooled_method_is_marked_as_not_private() -> None:
@@ -123,8 +123,9 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     # The oracle's greek is the greek expert's; its public accuracy is the seed's.
     assert results.methods["oracle"].domains["greek"] == expert.domains["greek"]
     assert results.methods["oracle"].public == results.methods["zero-shot"].public
-    # LoRA in float16 on one layer; the vectors [2, 16] and [16] in float32; the client's number.
-    assert metamoe.bytes_up == [192 * 2 + 4 * 32 + 4 * 16 + 8] * 2
+    # LoRA in float16 on one layer; the vectors [2, 16] and [16] in float32; a shape of 32 dimensions in float16; the client's
+    # number.
+    assert metamoe.bytes_up == [192 * 2 + 4 * 32 + 4 * 16 + 2 * (32 * 33 // 2) + 8] * 2
     # One round, in float16, and the number of samples.
     assert results.methods["fedavg"].bytes_up == [192 * 2 + 8] * 2
     assert results.methods["zero-shot"].bytes_up == [0, 0]

@@ -66,8 +66,10 @@ def test_a_run_leaves_what_it_should_and_twice_the_same(small: Settings, tmp_pat
     assert set(results["public_accuracy"]) == set(results["accuracy"])
     assert all(sum(shares.values()) == pytest.approx(1, abs=1e-3) for shares in results["routing"].values())
     for client in results["clients"]:
-        # LoRA in float16, the vectors for the router [2, 16] and for selection [16] in float32, and the client's number.
-        assert client["bytes_up"] == sum(a["bytes"] for a in client["artifacts"]) == 192 * 2 + 4 * 32 + 4 * 16 + 8
+        # LoRA in float16, the vectors for the router [2, 16] and for selection [16] in float32, the shape of the former, a
+        # triangle in float16, and the client's number.
+        expected = 192 * 2 + 4 * 32 + 4 * 16 + 2 * (32 * 33 // 2) + 8
+        assert client["bytes_up"] == sum(a["bytes"] for a in client["artifacts"]) == expected
         assert client["bytes_down"] > 8 * 20
         delivered = out / "clients" / client["name"]
         assert load_model(delivered / "model").manifest.model_hash == results["model"]
