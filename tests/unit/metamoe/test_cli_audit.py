@@ -189,7 +189,7 @@ def test_what_an_epsilon_covers_is_said_of_each_artifact(
     for command in ("explain", "budget"):
         run_metamoe("audit", command, str(tmp_path))
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("privacy: exact, covered by no epsilon") == 2
+    assert said.count("privacy: exact, covered by no epsilon") == 3
     assert said.count("privacy: covered by epsilon 4, delta 1e-05") == 2
     assert "none for 1 of them: exact" in said
 
