@@ -134,7 +134,7 @@ def python_console() -> Console:
 def live(settings: Settings, out: Path, console: Console) -> Iterator["Board | Lines"]:
     """Show progress while the block runs: bars on a terminal, lines in a log."""
     if not (console.is_terminal or console.is_jupyter):
-        lines = Lines(console, settings.clients)
+        lines = Lines(console, len(settings.members))
         with _followed(settings, out, lines):
             yield lines
         return
@@ -159,8 +159,8 @@ def _followed(settings: Settings, out: Path, board: "Board | Lines") -> Iterator
 
 def _follow(settings: Settings, out: Path, board: "Board | Lines", done: threading.Event) -> None:
     files = {out / "events.jsonl": False}
-    if settings.clients <= _CLIENT_BARS:
-        files |= {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
+    if len(settings.members) <= _CLIENT_BARS:
+        files |= {out / "clients" / name / "events.jsonl": True for name in settings.member_names}
     positions = dict.fromkeys(files, 0)
     finished = False
     while not finished:

@@ -19,6 +19,7 @@ from metamoe.simulations.prepare import Placement, prepare, prepare_apart
 _RUN = (
     "settings.toml",
     "proxies.json",
+    "changes.jsonl",
     "events.jsonl",
     "results.json",
     "report.md",
