@@ -1,4 +1,4 @@
-"""The commands ``metamoe model``: what a unified model consists of, and the same changed for one client."""
+"""The commands ``metamoe model``: what a model consists of, the same changed for one client, and what is near to none."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from metamoe.common.errors import InputFileError
-from metamoe.options import console, json_option, notes, put_json
+from metamoe.options import Device, Precise, Precision, console, json_option, notes, put_json
 from metamoe.server.changes import Change
 from metamoe.show import show_table
 
 model = typer.Typer(
     no_args_is_help=True,
-    help="What a unified model consists of; one client taken out, added or asked anew, while the others compute nothing.",
+    help="What a unified model consists of, one client taken out, added or asked anew, and what no client is near to.",
 )
 
 Place = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or of the model in it.")]
@@ -71,6 +71,42 @@ def add(place: Place, client: Client, out: Out = None, as_json: AsJson = False) 
 def refresh(place: Place, client: Client, out: Out = None, as_json: AsJson = False) -> None:
     """Ask one client anew, as when its data has changed: its means, its proxies and its expert are new, the others' stay."""
     _change(place, Change("refresh", client), out, f"refreshed-{client}", as_json)
+
+
+@model.command()
+def drift(
+    place: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a unified model, e.g. runs/demo/model.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="A folder of pictures, at any depth; of text a file of questions, or .txt with a prompt a line."),
+    ],
+    fail_above: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Share of inputs near to no client, %, above which the exit code is 1."),
+    ] = None,
+    device: Device = "auto",
+    precision: Precise = Precision.float32,
+    as_json: Annotated[
+        bool, json_option("count, none, percent, near (inputs by expert), examples (input, probability), fine")
+    ] = False,
+) -> None:
+    """Say of inputs how many are near to no client, by the Gaussians that route: many of them tell that a client is missing."""
+    from metamoe.model import load
+
+    loaded = load(place, device, precision.value)
+    with notes.status("looking at inputs"):
+        found = loaded.drift(data)
+    fine = fail_above is None or found.percent <= fail_above
+    if as_json:
+        put_json({**asdict(found), "percent": found.percent, "fine": fine})
+    else:
+        rows = [[name, str(count), f"{100 * count / found.count:.1f}"] for name, count in found.near.items()]
+        rows.append(["none", str(found.none), f"{found.percent:.1f}"])
+        show_table(console, ["near to", "inputs", "%"], rows)
+        for name, probability in found.examples:
+            console.print(f"{probability:6.1%}  {name}", markup=False, highlight=False, soft_wrap=True)
+    if not fine:
+        raise typer.Exit(1)
 
 
 def _change(place: Path, change: Change, out: Path | None, suffix: str, as_json: bool) -> None:

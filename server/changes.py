@@ -25,7 +25,7 @@ from metamoe.common.audit.entries import Arrival, digest_of, settings_hash
 from metamoe.common.audit.ledger import LEDGER
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
-from metamoe.common.errors import RunFailedError
+from metamoe.common.errors import RunFailedError, StateFileError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.model.artifact import read_manifest
 from metamoe.common.presets import to_toml
@@ -93,12 +93,13 @@ def begin_changed(old: Path, new: Path, before: Settings, settings: Settings, ch
         By client what it is to be asked; nothing for those from whom all is taken over.
 
     Raises:
-        StateFileError: the old run's journal is damaged.
-        ModelFileError: its model is.
+        StateFileError: the old run's journal is damaged, or its settings are not those that it began with.
+        ModelFileError: its model is damaged.
     """
     lines = read_journal(old)
-    first = lines[0]
-    run = secrets.token_hex(16)
+    first, run = lines[0], secrets.token_hex(16)
+    if first["settings"] != settings_hash(before):
+        raise StateFileError(f"{old / 'settings.toml'} is not what the run in {old} began with; put it back")
     asked = _questions(old, lines, settings)
     # The coordinates of a shape are drawn by the number of clients.
     shapes_differ = settings.router.statistics == "shape" and settings.clients != before.clients
