@@ -258,7 +258,7 @@ class Exchange:
         only = set(content.array_records.get(ARRAYS, ())) == {artifact.name for artifact in introduced}
         arrays = decode_reply(content, introduced if only else asked)
         client = int(arrays["client"])
-        if only is not (client in self._known) and asked != introduced:
+        if only != (client in self._known) and asked != introduced:
             raise ProtocolError(f"client {client} says {'no more than' if only else 'more than'} who it is")
         return arrays
 
