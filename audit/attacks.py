@@ -93,23 +93,23 @@ def attack(
     try:
         settings = load_settings(str(run / "settings.toml"))
         picks = read_json(run / "proxies.json")["clients"]
-        experts = [stored_expert(run / "server" / "experts" / name) for name in settings.client_names]
+        experts = {name: stored_expert(run / "server" / "experts" / name) for name in settings.member_names}
     except (OSError, KeyError, ValueError) as error:
         raise InputFileError(f"{run} is not the folder of a finished simulation: {error}") from error
     if settings.data.private == "own":
         raise InputFileError(f"{run} is a run on the clients' own data, which is not here to compare with")
-    names = settings.client_names
+    names = settings.member_names
     if unknown := [name for name in clients if name not in names]:
         raise InputFileError(f"{run} is a run without a client {unknown[0]!r}; it has {', '.join(names)}")
     seed, public = seed_at(settings.seed_model, ON_CPU), load_public(settings.data)
-    chosen = [(client, name) for client, name in enumerate(names) if name in (clients or names)]
+    chosen = [(client, name) for client, name in zip(settings.members, names, strict=True) if name in (clients or names)]
     results = {}
     with threads(settings.compute.server_threads):
         for number, (client, name) in enumerate(chosen):
             proxies = public.select(picks[name]["ids"])
             done = partial(_shifted, progress, number * (shadows + 1), len(chosen) * (shadows + 1))
             done(0, shadows)
-            private, (expert, vectors) = load_private(settings, client, "train"), experts[client]
+            private, (expert, vectors) = load_private(settings, client, "train"), experts[name]
             held = load_private(settings, client, settings.data.evaluate_on)
             mix, top = class_mix(seed, settings, private, proxies)
             losses = [confidence(seed, settings, expert, data, private, public) for data in (private, held)]

@@ -54,6 +54,8 @@ def answer(kind: Kind, request: Request, site: Site) -> dict[str, np.ndarray]:
     folder = site.state / settings.client_names[site.client]
     with threads(settings.compute.client_threads), place.computing():
         match kind:
+            case "profile" if request.only_introduces(site.client):
+                return {"client": np.array(site.client)}
             case "profile":
                 return _profile(seed, settings, site)
             case "expert":

@@ -38,7 +38,7 @@ from metamoe.common.audit.terms import Terms, check_statistics, check_terms, fir
 from metamoe.common.audit.touching import touching
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
-from metamoe.common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError
+from metamoe.common.errors import InvalidSettingError, LedgerError, MetaMoEError, PolicyError, ProtocolError
 from metamoe.common.files import write_atomically
 from metamoe.common.model.seed import load_seed
 from metamoe.common.privacy import expert_mechanism, vectors_mechanism
@@ -83,12 +83,14 @@ def audited(kind: Kind, content: RecordDict, site: Site, respond: Callable[[Reco
         respond: computes the reply.
 
     Raises:
+        InvalidSettingError: the run is without this client, whose ledger has nothing of it.
         PolicyError: the policy does not allow this; where that can be known before, nothing has been computed.
         LedgerError: it could not be written down.
         MetaMoEError: whatever else went wrong. The reason is written to the client's own log, and the code to its ledger.
     """
     try:
         terms = decode_terms(content)
+        _check_part(terms, site)
         policy = policy_of(site)
         ledger = Ledger(site.audit)
         _open(ledger, site, policy, terms)
@@ -123,17 +125,21 @@ def _answered(
     # Before a seed model is loaded that the server names.
     asking = Terms(touching(terms.settings), terms.seed, terms.public)
     check_terms(policy, asking, first_terms(site.audit, ledger.entries()))
-    said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts)]
+    introduces = kind == "profile" and terms.only_introduces(site.client)
+    said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts), introduces]
     outbox, asked = Outbox.of_run(site, run), question_hash(said, content)
-    spent = planned_spending(kind, terms.settings)
-    ever = _asked_ever(kind, terms.settings, content, site) if _answers_once(kind, policy, spent) else None
+    spent = [] if introduces else planned_spending(kind, terms.settings)
+    once = not introduces and _answers_once(kind, policy, spent)
+    ever = _asked_ever(kind, terms.settings, content, site) if once else None
     released = {digest_of(e.arrays): e for e in ledger.run(run) if isinstance(e, Intent) and e.stage == kind}
     answer = outbox.kept(kind, asked)
     if answer is None and ever and (kept := Outbox.of_all_runs(site, ever).kept(kind, ever)):
         answer = Answer(kept.arrays, _for_the_audit(kind, terms, ledger))
     # Lost from the outbox it may be computed anew, if it comes to the same; noise never would.
     if answer is None and released and not spent and not outbox.holds(kind):
-        answer = Answer(decode_reply(respond(content), _artifacts(kind, terms, policy)), _for_the_audit(kind, terms, ledger))
+        answer = Answer(
+            decode_reply(respond(content), _artifacts(kind, terms, site, policy)), _for_the_audit(kind, terms, ledger)
+        )
     if answer and (first := released.get(digest_of(array_entries(answer.arrays | answer.audit)))):
         others = [entry for entry in ledger.run(run) if entry not in released.values()]
         check_request(policy, terms.settings, [array.name for array in first.arrays], others)
@@ -141,7 +147,7 @@ def _answered(
         return encode_reply(answer.arrays, answer.audit)
     ready = array_entries(answer.arrays) if answer else []
     arrays = _checked(
-        kind, terms, policy, ledger, spent, ready, lambda: encode_reply(answer.arrays) if answer else respond(content)
+        kind, terms, site, policy, ledger, spent, ready, lambda: encode_reply(answer.arrays) if answer else respond(content)
     )
     if kind == "profile" and arrays["client"] != site.client:
         raise PolicyError(f"this is client {site.client}, but the reply says {arrays['client']}")
@@ -204,6 +210,7 @@ def kind_of(message_type: str) -> Kind:
 def _checked(
     kind: Kind,
     terms: Request,
+    site: Site,
     policy: Policy,
     ledger: Ledger,
     spent: list[Spent],
@@ -214,7 +221,7 @@ def _checked(
     where they are kept from before.
     """
     settings, run = terms.settings, terms.envelope.run
-    artifacts = _artifacts(kind, terms, policy)
+    artifacts = _artifacts(kind, terms, site, policy)
     names = [artifact.name for artifact in (*artifacts, *AUDIT_ARTIFACTS[kind])]
     entries = ledger.run(run)
     check_request(policy, settings, names, entries)
@@ -226,8 +233,9 @@ def _checked(
     return arrays
 
 
-def _artifacts(kind: Kind, terms: Request, policy: Policy) -> list[Artifact]:
-    return permitted(policy, reply_artifacts(kind, terms.settings, load_seed(terms.settings.seed_model)))
+def _artifacts(kind: Kind, terms: Request, site: Site, policy: Policy) -> list[Artifact]:
+    seed, introduced = load_seed(terms.settings.seed_model), terms.only_introduces(site.client)
+    return permitted(policy, reply_artifacts(kind, terms.settings, seed, introduced))
 
 
 def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.ndarray]:
@@ -238,6 +246,12 @@ def _for_the_audit(kind: Kind, terms: Request, ledger: Ledger) -> dict[str, np.n
         seal = ledger.seal(terms.envelope.run)
         return {"ledger-root": _octets(seal.root), "ledger-signature": _octets(seal.signature)}
     return {}
+
+
+def _check_part(terms: Request, site: Site) -> None:
+    names = terms.settings.client_names
+    if site.client < len(names) and site.client not in terms.settings.members:
+        raise InvalidSettingError(f"this is client {names[site.client]}, and the run is without it (setting without)")
 
 
 def _open(ledger: Ledger, site: Site, policy: Policy, terms: Request) -> None:

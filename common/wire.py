@@ -26,7 +26,7 @@ from metamoe.common.model.seed import Seed, load_seed
 from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, evidence_width
 from metamoe.common.presets import validated
 
-PROTOCOL = 9
+PROTOCOL = 10
 
 Kind = Literal["profile", "expert", "deliver"]
 MESSAGE_TYPE: dict[Kind, str] = {"profile": "query.profile", "expert": "train.expert", "deliver": "evaluate.deliver"}
@@ -78,7 +78,8 @@ class Envelope(BaseModel):
 @dataclass(frozen=True)
 class Request:
     """What the server sends: the settings, the hashes of what both sides must hold alike, arrays, the numbers of the clients
-    that are left in the run (None: all of them), and the names of the experts that are delivered.
+    that are left in the run (None: all of them), the names of the experts that are delivered, and the numbers of the clients
+    that only say who they are, as the server has from an earlier run what it would ask them.
     """
 
     settings: Settings
@@ -88,13 +89,20 @@ class Request:
     envelope: Envelope = field(default_factory=Envelope)
     members: Sequence[int] | None = None
     experts: Sequence[str] = ()
+    known: Sequence[int] = ()
+
+    def only_introduces(self, client: int) -> bool:
+        """Whether this client is asked for no more in stage 1 than who it is."""
+        return client in self.known
 
 
-def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
-    """What a client's reply consists of."""
+def reply_artifacts(kind: Kind, settings: Settings, seed: Seed, introduced: bool = False) -> list[Artifact]:
+    """What a client's reply consists of; ``introduced`` in stage 1 where it only says who it is."""
     match kind:
         case "profile":
             artifacts = [Artifact("client", "int64", ())]
+            if introduced:
+                return artifacts
             proxies, routed = settings.proxies, settings.router.vectors == "seed" and settings.router.rows != "fresh"
             on_embedding = settings.router.decide == "embedding"
             if (proxies.selection != "random" and proxies.relevance == "fisher") or (routed and on_embedding):
@@ -151,7 +159,7 @@ def _vectors_shape(settings: Settings, seed: Seed) -> tuple[int, int]:
 
 def encode_request(request: Request) -> RecordDict:
     """A request as Flower records."""
-    members = range(request.settings.clients) if request.members is None else request.members
+    members = request.settings.members if request.members is None else request.members
     config = ConfigRecord(
         {
             "protocol": PROTOCOL,
@@ -161,6 +169,7 @@ def encode_request(request: Request) -> RecordDict:
             "public": request.public,
             "members": list(members),
             "experts": " ".join(request.experts),
+            "known": list(request.known),
             "envelope": request.envelope.model_dump_json(),
         }
     )
@@ -200,8 +209,10 @@ def decode_terms(content: RecordDict) -> Request:
             f"the server has MetaMoE-FL {said[1]!r} (protocol {said[0]!r}), this client {ours[1]!r} (protocol {ours[0]}); "
             "install the same version"
         )
-    if set(config) != {"protocol", "version", "settings", "seed", "public", "members", "experts", "envelope"}:
-        raise ProtocolError(f"a request needs settings, seed, public, members, experts and envelope; got {sorted(config)}")
+    if set(config) != {"protocol", "version", "settings", "seed", "public", "members", "experts", "known", "envelope"}:
+        raise ProtocolError(
+            f"a request needs settings, seed, public, members, experts, known and envelope; got {sorted(config)}"
+        )
     try:
         values = json.loads(str(config["settings"]))
         envelope = Envelope.model_validate_json(str(config["envelope"]))
@@ -214,15 +225,20 @@ def decode_terms(content: RecordDict) -> Request:
         raise ProtocolError(f"seed and public of a request are SHA-256 hashes; got {hashes}")
     settings = validated(values)
     members = _members(config["members"], settings)
-    return Request(settings, *hashes, {}, envelope, members, _experts(config["experts"], len(members)))
+    known = _numbers("known", config["known"], range(settings.clients))
+    return Request(settings, *hashes, {}, envelope, members, _experts(config["experts"], len(members)), known)
 
 
 def _members(value: object, settings: Settings) -> list[int]:
-    known = range(settings.clients)
-    if not isinstance(value, list) or value != sorted(set(value).intersection(known)):
-        raise ProtocolError(f"members of a request are numbers of clients in order, 0 to {settings.clients - 1}; got {value!r}")
-    if len(value) < settings.least_clients:
-        raise ProtocolError(f"a request of a run with {len(value)} clients; it needs {settings.least_clients}")
+    members = _numbers("members", value, settings.members)
+    if len(members) < settings.least_clients:
+        raise ProtocolError(f"a request of a run with {len(members)} clients; it needs {settings.least_clients}")
+    return members
+
+
+def _numbers(what: str, value: object, allowed: Sequence[int]) -> list[int]:
+    if not isinstance(value, list) or value != sorted(set(value).intersection(allowed)):
+        raise ProtocolError(f"{what} of a request are numbers of clients in order, 0 to {allowed[-1]}; got {value!r}")
     return value
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metamoe.common.config import Settings
     from metamoe.common.errors import MetaMoEError
     from metamoe.comparison import Benchmark, benchmark
+    from metamoe.drift import Drift
     from metamoe.model import Continuation, Model, load
     from metamoe.predict import Prediction
     from metamoe.results import RunResults
@@ -32,6 +33,7 @@ else:
         "metamoe.common.config": ("Settings",),
         "metamoe.common.errors": ("MetaMoEError",),
         "metamoe.comparison": ("Benchmark", "benchmark"),
+        "metamoe.drift": ("Drift",),
         "metamoe.model": ("Continuation", "Model", "load"),
         "metamoe.predict": ("Prediction",),
         "metamoe.results": ("RunResults",),
@@ -55,6 +57,7 @@ __all__ = [
     "Benchmark",
     "Continuation",
     "Decision",
+    "Drift",
     "Evaluation",
     "MetaMoEError",
     "Model",

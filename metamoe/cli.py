@@ -19,6 +19,7 @@ from rich.text import Text
 
 from metamoe.cli_audit import audit
 from metamoe.cli_benchmark import benchmark, report
+from metamoe.cli_change import model
 from metamoe.cli_client import client
 from metamoe.cli_data import data
 from metamoe.cli_deploy import deploy
@@ -156,7 +157,7 @@ for command in (
     settings,
 ):
     app.command()(command)
-for group, name in ((deploy, "deploy"), (client, "client"), (data, "data"), (audit, "audit")):
+for group, name in ((model, "model"), (deploy, "deploy"), (client, "client"), (data, "data"), (audit, "audit")):
     app.add_typer(group, name=name)
 
 

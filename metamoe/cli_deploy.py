@@ -113,7 +113,7 @@ def run(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputFileError(f"--out {target} is not an empty folder; give another one")
     write_atomically(target / "settings.toml", to_toml(settings))
-    _follow(folder, settings, target)
+    follow(folder, settings, target)
 
 
 @deploy.command()
@@ -133,7 +133,7 @@ def resume(
     settings = load_settings(str(target / "settings.toml"))
     if not (target / "server" / "summary.json").is_file():
         show_standing(target, settings, notes)
-    _follow(folder, settings, target)
+    follow(folder, settings, target)
 
 
 def _unfinished(folder: Path) -> Path:
@@ -144,7 +144,8 @@ def _unfinished(folder: Path) -> Path:
     return left[-1]
 
 
-def _follow(folder: Path, settings: Settings, target: Path) -> None:
+def follow(folder: Path, settings: Settings, target: Path) -> None:
+    """Have a federation do what is left of the run in a folder, show its progress, and say what it came to."""
     from metamoe.deploy.processes import submit, with_names
     from metamoe.follow import followed, logs_of_run
     from metamoe.progress import shown

@@ -15,22 +15,32 @@ class Form(StrEnum):
 
     adapters = "adapters"
     merged = "merged"
+    transformers = "transformers"
 
 
 def export(
     model: Annotated[Path, typer.Argument(help="Folder of a unified model, e.g. runs/demo/model.")],
-    to: Annotated[Form, typer.Option(help="adapters: PEFT folders for an engine; merged: one dense model for transformers.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="adapters: PEFT folders for an engine; transformers: the unified model, loaded with trust_remote_code and "
+            "without this product; merged: one expert or a soup, as a dense model."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced where it is there.")],
     expert: Annotated[str | None, typer.Option(help="Of --to merged: an expert's name, or soup for the mean of all.")] = None,
 ) -> None:
-    """Write a unified model's experts as others read them. Adapters are exact; a merged model is one expert, or a soup, and
-    never the unified model.
+    """Write a unified model as others read it. Adapters and what transformers loads are exact; a merged model is one expert, or
+    a soup, and never the unified model.
     """
     if (to is Form.merged) != (expert is not None):
-        raise InvalidSettingError("--to merged wants --expert NAME, or --expert soup; --to adapters has all of them")
-    from metamoe.export import export_adapters, export_merged
+        raise InvalidSettingError(f"--to merged wants --expert NAME, or --expert soup; --to {to} has all of them")
+    from metamoe.export import export_adapters, export_merged, export_transformers
 
-    if expert is None:
+    if to is Form.transformers:
+        export_transformers(model, out)
+        console.print(f"{out}: load it with trust_remote_code=True", markup=False, soft_wrap=True)
+    elif expert is None:
         console.print(export_adapters(model, out), markup=False, highlight=False, soft_wrap=True)
     else:
         export_merged(model, out, expert)

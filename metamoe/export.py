@@ -1,7 +1,9 @@
 """A unified model in forms that others read: exact, or labelled as what they are."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -10,10 +12,11 @@ from metamoe.common.compute import ON_CPU
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.hub import HUB_FAILURES, hub_error
-from metamoe.common.model.artifact import read_weights
-from metamoe.common.model.card import merged_card
-from metamoe.common.model.lora import Expert
+from metamoe.common.model.artifact import load_model, read_weights, router_arrays
+from metamoe.common.model.card import exported_card, merged_card
+from metamoe.common.model.lora import Expert, expert_layers
 from metamoe.common.model.seed import load_seed, seed_at, seed_place, share
+from metamoe.common.model.vectors import evidence_paths
 
 SOUP = "soup"
 
@@ -87,6 +90,80 @@ def export_merged(folder: Path, out: Path, expert: str) -> None:
         if seed.processor is not None:
             seed.processor.save_pretrained(new)
         write_atomically(new / "README.md", merged_card(manifest, expert, expert == SOUP))
+
+
+def export_transformers(folder: Path, out: Path) -> None:
+    """Write a unified model so that transformers loads it with ``trust_remote_code=True``, and without this product: the seed's
+    weights and the experts' in one file, and ``modeling_metamoe.py``, which computes what this product does.
+
+    Args:
+        folder: of the model.
+        out: where; replaced when all is there.
+
+    Raises:
+        ModelFileError: a file of the model is missing, added or changed.
+        SeedMismatchError: the seed model here is not the one it was made from.
+    """
+    # Not before it is needed: it defines classes of transformers.
+    from metamoe import modeling_metamoe
+    from metamoe.modeling_metamoe import MetaMoEConfig, MetaMoEForCausalLM, MetaMoEForImages
+
+    loaded = load_model(folder, ON_CPU)
+    manifest, seed = loaded.manifest, loaded.seed
+    _, weights = read_weights(folder)
+    router, paths = manifest.router, expert_layers(seed, manifest.lora)
+    routers: list[dict[str, torch.Tensor]] = [{} for _ in weights.routers]
+    for name, array in router_arrays(weights.routers).items():
+        number, part = name.split(".")
+        routers[int(number)][part] = torch.from_numpy(array)
+    values: dict[str, Any] = {
+        "seed": _of_any_place(seed.model.config.to_dict()),
+        "experts": manifest.experts,
+        "lora": manifest.lora.model_dump(mode="json"),
+        "router": router.model_dump(mode="json") | {"context_alone": router.context == 1 and not router.learn_context},
+        "form": {"ups": list(seed.form.ups), "down": seed.form.down, "activation": seed.form.activation},
+        "paths": paths,
+        "observed": [path for path in evidence_paths(seed, manifest.lora, router)[0] if path not in paths],
+        "shapes": [{part: list(array.shape) for part, array in own.items()} for own in routers],
+    }
+    config = MetaMoEConfig(**values)
+    model_class = MetaMoEForImages if seed.is_image_model else MetaMoEForCausalLM
+    kinds = ("AutoModel", "AutoModelForZeroShotImageClassification") if seed.is_image_model else ("AutoModelForCausalLM",)
+    place = "modeling_metamoe."
+    config.auto_map = {"AutoConfig": place + MetaMoEConfig.__name__} | dict.fromkeys(kinds, place + model_class.__name__)
+    changed = (*paths, *config.observed)
+    state = {f"seed.{_within(name, changed)}": tensor for name, tensor in seed.model.state_dict().items()}
+    for path in paths:
+        for name in seed.form.linears:
+            for part, matrix in (("a", "lora_A"), ("b", "lora_B")):
+                own = [expert[f"{path}.{name}.{matrix}.weight"].float() for expert in weights.experts]
+                state[f"seed.{path}.{part}.{name}"] = torch.stack(own)
+    places = ["router"] if router.decide == "embedding" else [f"seed.{path}.router" for path in paths]
+    for at, arrays in zip(places, routers, strict=False):
+        state |= {f"{at}.{part}": array for part, array in arrays.items()}
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(state, assign=True)
+    if (how := getattr(seed.model, "generation_config", None)) is not None:
+        model.generation_config = how
+    with replaced_folder(out) as new:
+        model.save_pretrained(new)
+        seed.tokenizer.save_pretrained(new)
+        if seed.processor is not None:
+            seed.processor.save_pretrained(new)
+        write_atomically(new / "modeling_metamoe.py", Path(modeling_metamoe.__file__).read_bytes())
+        write_atomically(new / "README.md", exported_card(manifest, kinds[0]))
+
+
+def _of_any_place(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that says neither where the seed lay nor in what its weights are held, which is for whoever loads the model."""
+    return {k: _of_any_place(v) if isinstance(v, dict) else v for k, v in config.items() if k not in ("dtype", "_name_or_path")}
+
+
+def _within(name: str, changed: Sequence[str]) -> str:
+    """A parameter's name, where some sublayers lie in others."""
+    inside = next((path for path in changed if name.startswith(f"{path}.")), None)
+    return f"{inside}.base{name.removeprefix(inside)}" if inside else name
 
 
 def push_model(folder: Path, repository: str, private: bool) -> str:

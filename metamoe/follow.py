@@ -24,7 +24,7 @@ class Follower(Protocol):
 
 def logs_of_run(settings: Settings, out: Path) -> dict[Path, bool]:
     """The files in which a run's events are, and which of them a client writes about itself."""
-    own = {out / "clients" / name / "events.jsonl": True for name in settings.client_names}
+    own = {out / "clients" / name / "events.jsonl": True for name in settings.member_names}
     return {out / "events.jsonl": False, **own}
 
 

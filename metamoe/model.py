@@ -15,6 +15,7 @@ from metamoe.common.compute import device_of, place
 from metamoe.common.config import Precision
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.model.artifact import Loaded, Manifest, load_model
+from metamoe.drift import Drift, drift_on
 from metamoe.predict import ImageInput, Prediction, class_texts, predict_images
 from metamoe.writing import Messages, Piece, Writing, written
 
@@ -162,6 +163,20 @@ class Model:
         if isinstance(inputs, str | PathLike | Image.Image):
             return self.route([inputs])[0]
         return list(decisions_on(self.loaded, inputs))
+
+    def drift(self, path: str | PathLike[str]) -> Drift:
+        """How many inputs are near to no client, by the Gaussians that route: many of them tell that a client is missing.
+
+        Args:
+            path: for a model of images a folder with pictures in it, at any depth, or one of them; for one of text a file of
+                questions or text, or ``.txt`` with a prompt a line.
+
+        Raises:
+            InputFileError: there is nothing there that the model takes.
+            DataFormatError: a row is in no layout that is known.
+            InvalidSettingError: the model's router has no Gaussians, or none of the public set.
+        """
+        return drift_on(self.loaded, Path(path))
 
     @cached_property
     def _texts(self) -> Tensor:

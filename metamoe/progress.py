@@ -171,7 +171,7 @@ def python_console() -> Console:
 def shown(settings: Settings, console: Console) -> Iterator["Board | Lines"]:
     """What shows progress while the block runs: bars on a terminal, lines in a log."""
     if not (console.is_terminal or console.is_jupyter):
-        yield Lines(console, settings.clients)
+        yield Lines(console, len(settings.members))
         return
     columns = (
         TextColumn("{task.description:<45}"),
@@ -182,4 +182,4 @@ def shown(settings: Settings, console: Console) -> Iterator["Board | Lines"]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        yield Board(progress, settings.clients)
+        yield Board(progress, len(settings.members))

@@ -81,9 +81,49 @@ class Run:
     def events(self) -> Iterator[RunEvent]:
         """What the server and the clients wrote down of their progress, in the order of time."""
         files = {"server": self.folder / "events.jsonl"}
-        files |= {name: self.folder / "clients" / name / "events.jsonl" for name in self.settings.client_names}
+        files |= {name: self.folder / "clients" / name / "events.jsonl" for name in self.settings.member_names}
         logs = (_events(file, by) for by, file in files.items())
         return heapq.merge(*logs, key=attrgetter("time"))
+
+    def remove(self, client: str, out: str | PathLike[str], *, progress: bool = False) -> "Run":
+        """The run without this client, to the same bits as from its beginning, while the others compute nothing: the same as
+        ``metamoe model remove``. This run stays as it is.
+
+        Args:
+            client: its name.
+            out: folder of the new run.
+            progress: show the bars that the command shows.
+
+        Raises:
+            InvalidSettingError: it has no part in the model, or too few would be left.
+            InputFileError: the folder is not empty, or this run was not made by a simulation.
+            MetaMoEError: what stopped the run, of another kind.
+        """
+        return self._changed("remove", client, out, progress)
+
+    def add(self, client: str, out: str | PathLike[str], *, progress: bool = False) -> "Run":
+        """The run with one client more, which alone is asked: the same as ``metamoe model add``; otherwise as
+        :meth:`remove`.
+        """
+        return self._changed("add", client, out, progress)
+
+    def refresh(self, client: str, out: str | PathLike[str], *, progress: bool = False) -> "Run":
+        """The run with one client asked anew, as when its data has changed: the same as ``metamoe model refresh``; otherwise as
+        :meth:`remove`.
+        """
+        return self._changed("refresh", client, out, progress)
+
+    def _changed(
+        self, kind: Literal["remove", "add", "refresh"], client: str, out: str | PathLike[str], progress: bool
+    ) -> "Run":
+        from metamoe.changes import begin
+        from metamoe.server.changes import Change
+
+        if not (self.folder / "clients").is_dir():
+            raise InputFileError(f"{self.folder} is a federation's run; change it with 'metamoe model {kind}'")
+        target = Path(out).absolute()
+        begin(self.folder, Change(kind, client), target)
+        return resume(target, progress=progress)
 
 
 def _events(file: Path, by: str) -> Iterator[RunEvent]:

@@ -22,6 +22,7 @@ from metamoe.tracking import Service, check_services, tracked
 _RUN = (
     "settings.toml",
     "proxies.json",
+    "changes.jsonl",
     "events.jsonl",
     "results.json",
     "report.md",

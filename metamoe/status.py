@@ -50,7 +50,7 @@ def run_status(folder: Path) -> RunStatus:
             waiting[event.client] = datetime.fromtimestamp(event.time)
         elif event.stage == "waiting":
             waiting.pop(event.client, None)
-    own = {name: list(_events(folder / "clients" / name / "events.jsonl")) for name in settings.client_names}
+    own = {name: list(_events(folder / "clients" / name / "events.jsonl")) for name in settings.member_names}
     times = [event.time for log in (events, *own.values()) for event in log]
     return RunStatus(
         "finished" if ended else "running" if worked_on(folder / "server") else "stopped",

@@ -26,6 +26,7 @@ from metamoe.common.errors import MetaMoEError, ProtocolError, RunFailedError
 from metamoe.common.events import EventLog
 from metamoe.common.model.seed import Seed
 from metamoe.common.wire import (
+    ARRAYS,
     Envelope,
     Kind,
     RecordDict,
@@ -34,6 +35,7 @@ from metamoe.common.wire import (
     decode_audit,
     decode_reply,
     encode_request,
+    question_hash,
     reply_artifacts,
 )
 from metamoe.server.state import RunState
@@ -90,11 +92,15 @@ class Exchange:
         ledger: Ledger,
         state: RunState,
     ) -> None:
-        self.transfers = [Transfer(name) for name in settings.client_names]
+        names = settings.client_names
+        self.transfers = [Transfer(name) for name in names]
         self._settings, self._seed, self._public, self._ask, self._events = settings, seed, public, ask, events
         self.missing = _left_out(state)
         gone = {missing.name for missing in self.missing}
-        self.members = [client for client, name in enumerate(settings.client_names) if name not in gone]
+        self.members = [client for client in settings.members if names[client] not in gone]
+        self._known = [
+            k for k in settings.members if state.taken_over("profile", names[k]) and state.reply("profile", names[k])
+        ]
         self._nodes, self._clients = list(nodes), dict[int, int]()
         self._ledger, self._state, self._run = ledger, state, state.run
         self._keys: dict[int, str] = {}
@@ -128,12 +134,15 @@ class Exchange:
     def request(self, arrays: Mapping[str, np.ndarray], experts: Sequence[str] = ()) -> RecordDict:
         """A request that carries these arrays; of a delivery, also the names of its experts."""
         hashes = self._seed.fingerprint, self._public
-        return encode_request(Request(self._settings, *hashes, arrays, members=self.members, experts=experts))
+        return encode_request(
+            Request(self._settings, *hashes, arrays, members=self.members, experts=experts, known=self._known)
+        )
 
     def profiles(self) -> dict[int, dict[str, np.ndarray]]:
         """Ask every node who it is and what its data looks like to the seed. The replies by client, in the clients' order.
 
-        Of a run that goes on, all are asked again, as nodes may be others than before; what they say must be the same.
+        Of a run that goes on, all are asked again, as nodes may be others than before; what they say must be the same. Those
+        whose replies were taken over from an earlier run only say who they are.
 
         Raises:
             RunFailedError: two nodes say that they are the same client.
@@ -155,11 +164,11 @@ class Exchange:
             before = self._state.reply("profile", name)
             if before is None:
                 self._state.keep("profile", name, arrays)
-            elif arrays_hash(before) != arrays_hash(arrays):
+            elif client not in self._known and arrays_hash(before) != arrays_hash(arrays):
                 raise ProtocolError(f"client {name} says something else than before the run was interrupted")
-            found[client], self._clients[node] = arrays, client
+            found[client], self._clients[node] = before or arrays, client
             self._count(client, 0, arrays)
-            self._events("profile", len(found), self._settings.clients, name)
+            self._events("profile", len(found), len(self._settings.members), name)
         # A node that failed before it said which client it is can be any of those that did not.
         reason = "; ".join(self._failures) or "it is not connected"
         for client in [client for client in self.members if client not in found]:
@@ -167,7 +176,8 @@ class Exchange:
             # Its expert is here: it can be part of the model, though nobody will deliver that.
             if (before := self._state.reply("profile", name)) and self._state.reply("expert", name):
                 found[client] = before
-                self._count(client, 0, before)
+                if client not in self._known:
+                    self._count(client, 0, before)
             else:
                 self._leave_out(client, "profile", reason)
         if len(self.members) < self._settings.least_clients:
@@ -186,7 +196,8 @@ class Exchange:
         """
         self._events(kind, 0, len(requests))
         for done, (client, arrays) in enumerate(self._answers(kind, requests), start=1):
-            self._count(client, payload_bytes(requests[client]), arrays)
+            if not self._state.taken_over(kind, self.transfers[client].name):
+                self._count(client, payload_bytes(requests[client]), arrays)
             self._events(kind, done, len(requests), self.transfers[client].name)
             yield client, arrays
 
@@ -194,7 +205,10 @@ class Exchange:
         """What each client answered, now or before the run was interrupted."""
         left = set(requests)
         for client in requests:
-            if (before := self._state.reply(kind, self.transfers[client].name)) is not None:
+            name = self.transfers[client].name
+            if kind == "expert" and not self._state.answers(kind, name, question_hash([], requests[client])):
+                continue
+            if (before := self._state.reply(kind, name)) is not None:
                 left.remove(client)
                 yield client, before
         by_node = {node: requests[client] for node, client in self._clients.items() if client in left}
@@ -206,7 +220,6 @@ class Exchange:
             yield client, arrays
 
     def _replies(self, kind: Kind, requests: Mapping[int, RecordDict]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        declared = reply_artifacts(kind, self._settings, self._seed)
         messages = {node: secrets.token_hex(16) for node in requests}
         waiting, absent = set(requests), set[int]()
         for node, content in self._ask(kind, {node: self._addressed(c, node, messages[node]) for node, c in requests.items()}):
@@ -221,7 +234,7 @@ class Exchange:
                 if isinstance(content, MetaMoEError):
                     raise type(content)(f"{self._name(kind, node)} could not answer {kind!r}: {content}")
                 try:
-                    arrays, extra = decode_reply(content, declared), decode_audit(kind, content)
+                    arrays, extra = self._decoded(kind, content), decode_audit(kind, content)
                 except ProtocolError as error:
                     raise ProtocolError(f"{self._name(kind, node)}, reply to {kind!r}: {error}") from error
             except MetaMoEError as error:
@@ -235,6 +248,19 @@ class Exchange:
             seconds = self._settings.compute.timeout
             late = RunFailedError(f"no answer to {kind!r} within compute.timeout = {seconds:.0f} s from {missing}")
             self._drop(kind, sorted(waiting), late)
+
+    def _decoded(self, kind: Kind, content: RecordDict) -> dict[str, np.ndarray]:
+        """A reply that is what this client was asked for, and no more."""
+        asked = reply_artifacts(kind, self._settings, self._seed)
+        if kind != "profile":
+            return decode_reply(content, asked)
+        introduced = reply_artifacts(kind, self._settings, self._seed, introduced=True)
+        only = set(content.array_records.get(ARRAYS, ())) == {artifact.name for artifact in introduced}
+        arrays = decode_reply(content, introduced if only else asked)
+        client = int(arrays["client"])
+        if only != (client in self._known) and asked != introduced:
+            raise ProtocolError(f"client {client} says {'no more than' if only else 'more than'} who it is")
+        return arrays
 
     def _drop(self, kind: Kind, nodes: Sequence[int], error: MetaMoEError) -> None:
         """Go on without these nodes, or end the run with the error if too few are left."""

@@ -76,14 +76,14 @@ def standing(out: Path, settings: Settings) -> dict[str, tuple[int, int]]:
     Raises:
         StateFileError: see :func:`read_journal`.
     """
-    lines = read_journal(out)
+    lines, members = read_journal(out), len(settings.members)
     replies = {(line["kind"], line["name"]) for line in lines if line["what"] == "reply"}
     answered = {kind: sum(of == kind for of, _ in replies) for kind in ("profile", "expert", "deliver")}
     ended = {line["what"] for line in lines}
     return {
-        "profile": (answered["profile"], settings.clients),
+        "profile": (answered["profile"], members),
         "select": (int("select" in ended), 1),
-        "expert": (answered["expert"], settings.clients),
+        "expert": (answered["expert"], members),
         "unify": (int("unify" in ended), 1),
-        "deliver": (answered["deliver"], settings.clients),
+        "deliver": (answered["deliver"], members),
     }

@@ -140,7 +140,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             summary,
             {
                 "model": manifest.model_hash,
-                "clients": [asdict(transfer) for transfer in exchange.transfers],
+                "clients": [asdict(exchange.transfers[client]) for client in settings.members],
                 "mean_alone": [names[k] for k in profiles if settings.by_shape and "seed-shape" not in profiles[k]],
                 "missing": [asdict(missing) for missing in exchange.missing],
                 "merged": state.notes("unify")[-1]["merged"],

@@ -15,7 +15,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from metamoe.server.experts import store_expert, stored_arrays
 from metamoe.server.journal import JOURNAL, journal_line, read_journal
 
 FORMAT = 1
+_FROM, _ASKED = "from", "asked"
 
 
 class RunState:
@@ -92,33 +93,33 @@ class RunState:
 
     def holds(self, what: str, file: Path) -> bool:
         """Whether a stage has come to an end and the file that it wrote is as it was."""
-        notes = self.notes(what)
-        return bool(notes) and file.is_file() and notes[-1]["sha256"] == _file_hash(file)
+        return is_as_noted(self._lines, what, file)
 
     def keep(self, kind: Kind, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write down what a client sent; when this returns it is on disk."""
         if kind == "expert":
             store_expert(self.expert_folder(name), self._seed, self._settings.lora, dict(arrays))
         else:
-            write_arrays(self._reply_file(kind, name), arrays)
+            write_arrays(reply_place(self._out, kind, name), arrays)
         self.note("reply", kind=kind, name=name, sha256=arrays_hash(arrays))
 
     def reply(self, kind: Kind, name: str) -> dict[str, np.ndarray] | None:
         """What a client sent; None if it has not, or if it is no longer as it was."""
-        hashes = [line["sha256"] for line in self.notes("reply") if (line["kind"], line["name"]) == (kind, name)]
-        if not hashes:
-            return None
-        try:
-            arrays = (
-                stored_arrays(self.expert_folder(name)) if kind == "expert" else read_arrays(self._reply_file(kind, name))[0]
-            )
-        except (StateFileError, OSError, SafetensorError):
-            return None
-        return arrays if arrays_hash(arrays) == hashes[-1] else None
+        line = last_reply(self._lines, kind, name)
+        return stored_reply(self._out, line) if line else None
+
+    def taken_over(self, kind: Kind, name: str) -> bool:
+        """Whether what a client sent was an answer in an earlier run, see :mod:`metamoe.server.changes`."""
+        return bool((line := last_reply(self._lines, kind, name)) and _FROM in line)
+
+    def answers(self, kind: Kind, name: str, asked: str) -> bool:
+        """Whether what a client sent is the answer to this: what was taken over may be one to something else."""
+        line = last_reply(self._lines, kind, name)
+        return line is not None and line.get(_ASKED, asked) == asked
 
     def expert_folder(self, name: str) -> Path:
         """Where a client's expert lies."""
-        return self._out / "server" / "experts" / name
+        return reply_place(self._out, "expert", name)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -146,8 +147,45 @@ class RunState:
             largest |= {what: max(size, largest.get(what, 0)) for what, size in line["memory"].items()}
         return largest
 
-    def _reply_file(self, kind: Kind, name: str) -> Path:
-        return self._out / "server" / "replies" / kind / f"{name}.safetensors"
+
+def reply_place(out: Path, kind: Kind, name: str) -> Path:
+    """Where in a run folder lies what a client sent: a file, or the folder of an expert."""
+    if kind == "expert":
+        return out / "server" / "experts" / name
+    return out / "server" / "replies" / kind / f"{name}.safetensors"
+
+
+def is_as_noted(lines: Sequence[Mapping[str, Any]], what: str, file: Path) -> bool:
+    """Whether a stage has come to an end, by a journal's lines, and the file that it wrote is as it was."""
+    notes = [line for line in lines if line["what"] == what]
+    return bool(notes) and file.is_file() and notes[-1]["sha256"] == _file_hash(file)
+
+
+def last_reply(lines: Sequence[dict[str, Any]], kind: Kind, name: str) -> dict[str, Any] | None:
+    """The line of a journal that says what a client sent last in answer to this."""
+    found = [line for line in lines if line["what"] == "reply" and (line["kind"], line["name"]) == (kind, name)]
+    return found[-1] if found else None
+
+
+def stored_reply(out: Path, line: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """What a client sent, by the journal's line of it; None if it is no longer as it was."""
+    place = reply_place(out, line["kind"], line["name"])
+    try:
+        arrays = stored_arrays(place) if line["kind"] == "expert" else read_arrays(place)[0]
+    except (StateFileError, OSError, SafetensorError):
+        return None
+    return arrays if arrays_hash(arrays) == line["sha256"] else None
+
+
+def reply_taken_over(line: Mapping[str, Any], run: str, asked: str | None) -> dict[str, Any]:
+    """The line of another run's journal for a reply that it takes over.
+
+    Args:
+        line: of the run in which the client sent it, or which took it over itself.
+        run: that run's name.
+        asked: hash of what the client was asked, where there was more to it than settings; None where there was not.
+    """
+    return {**line, _FROM: line.get(_FROM, run)} | ({} if asked is None else {_ASKED: asked})
 
 
 def clocks() -> tuple[float, float]:

@@ -24,4 +24,4 @@ def run_local(settings: Settings, out: Path) -> None:
             except MetaMoEError as error:
                 yield client, error
 
-    run_stages(settings, range(settings.clients), ask, out)
+    run_stages(settings, settings.members, ask, out)

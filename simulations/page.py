@@ -87,7 +87,7 @@ def _reported(reported: dict[str, float]) -> Html:
 
 def _training(folder: Path, settings: Settings) -> Html:
     """The curves of every training whose events are on this machine."""
-    logs = {name: folder / "clients" / name / "events.jsonl" for name in settings.client_names}
+    logs = {name: folder / "clients" / name / "events.jsonl" for name in settings.member_names}
     curves = {name: curve for name, file in logs.items() if (curve := _measured(file, "expert"))}
     parts = []
     if curves:

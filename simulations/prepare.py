@@ -48,7 +48,7 @@ def prepare(settings: Settings, on_ray: bool) -> Placement:
     check_domains(settings.data)
     for split in ("train", "test"):
         load_public(settings.data, split)
-    for client in range(settings.clients):
+    for client in settings.members:
         load_private(settings, client, "train")
     for domain in settings.data.domains:
         load_domain(settings.data, domain, "test")

@@ -7,7 +7,8 @@ from typing import Any
 from metamoe.common.config import Settings
 
 _FREE = {
-    *("preset", "quorum", "data.workers", "proxies.pool", "proxies.candidates", "expert-training.checkpoint-minutes"),
+    *("preset", "quorum", "without", "data.workers", "proxies.pool", "proxies.candidates"),
+    "expert-training.checkpoint-minutes",
     *("experts.max", "router.proxy-weights", "router.seed-expert", "router.seed-log-odds", "router.temperature"),
     *("router.top-k", "router.renormalise", "router.context", "router.learn-context"),
 }

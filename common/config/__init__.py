@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from metamoe.common.config.compute import DEVICE, Compute, Precision, Weights
 from metamoe.common.config.data import AnswerIs, Colour, Columns, Data, ListChoices, Splits
 from metamoe.common.config.method import Experts, ExpertTraining, Lora, Privacy, Proxies, Router, RouterTraining
-from metamoe.common.config.section import Count, NonNegative, Positive, Section
+from metamoe.common.config.section import Count, Name, NonNegative, Positive, Section
 from metamoe.common.errors import ProxyCountError
 
 __all__ = [
@@ -45,6 +45,9 @@ class Settings(Section):
     quorum: int = Field(
         0, ge=0, description="clients with which a run goes on when others are missing, who are named; 0 is all of them"
     )
+    without: tuple[Name, ...] = Field(
+        (), description="names of clients that have a place and no part in the run: they have left, or are yet to join"
+    )
     seed_model: str = Field(
         "glyphs", description='"glyphs" (built in), a folder, a .gguf file, package:NAME for one in a package, or a hub id'
     )
@@ -76,7 +79,7 @@ class Settings(Section):
     @property
     def least_clients(self) -> int:
         """With fewer clients than these a run ends."""
-        return self.quorum or self.clients
+        return self.quorum or len(self.members)
 
     @property
     def client_names(self) -> list[str]:
@@ -88,9 +91,19 @@ class Settings(Section):
         ]
 
     @property
+    def members(self) -> list[int]:
+        """Numbers of the clients that take part, in order. The others keep theirs, and so do these."""
+        return [client for client, name in enumerate(self.client_names) if name not in self.without]
+
+    @property
+    def member_names(self) -> list[str]:
+        """The names of the clients that take part, in order."""
+        return [name for name in self.client_names if name not in self.without]
+
+    @property
     def expert_names(self) -> list[str]:
         """Names of what the router chooses among, in the order of its rows: the clients, and the seed if it is one more."""
-        return [*self.client_names, "seed"] if self.router.seed_expert else self.client_names
+        return [*self.member_names, "seed"] if self.router.seed_expert else self.member_names
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -105,11 +118,16 @@ class Settings(Section):
                 f"proxies.count = {self.proxies.count} is more than proxies.pool = {self.proxies.pool}; "
                 "lower the one or raise the other"
             )
-        if self.quorum > self.clients:
-            raise ValueError(f"quorum = {self.quorum} is more than clients = {self.clients}")
+        if unknown := [name for name in self.without if name not in self.client_names]:
+            raise ValueError(f"without names {unknown[0]!r}, but the clients are {', '.join(self.client_names)}")
+        if not self.members:
+            raise ValueError(f"without = {list(self.without)} leaves none of clients = {self.clients}")
+        taking_part = f"clients = {self.clients}" + (f" without {', '.join(self.without)}" if self.without else "")
+        if self.quorum > len(self.members):
+            raise ValueError(f"quorum = {self.quorum} is more than {taking_part}")
         experts = min(self.least_clients, self.experts.max) + self.router.seed_expert
         if self.router.top_k > experts:
-            few = f"quorum = {self.quorum}" if self.quorum else f"clients = {self.clients}"
+            few = f"quorum = {self.quorum}" if self.quorum else taking_part
             few = few if self.least_clients <= self.experts.max else f"experts.max = {self.experts.max}"
             raise ValueError(f"router.top-k = {self.router.top_k} is more than the {experts} experts of {few}")
         if self.privacy.vectors == "gaussian" and self.router.vectors == "private" and self.router.rows != "fresh":

@@ -78,6 +78,26 @@ def merged_card(manifest: "Manifest", expert: str, soup: bool) -> str:
     )
 
 
+def exported_card(manifest: "Manifest", loader: str) -> str:
+    """The card of a unified model that transformers loads."""
+    return "\n".join(
+        [
+            _metadata(manifest.seed_model, None, bool(manifest.classes), "transformers"),
+            "# A unified model by MetaMoE-FL, for transformers",
+            "",
+            f"`{manifest.seed_model}` with {len(manifest.experts)} experts and their router: the unified model "
+            f"{manifest.model_hash}. Its code is `modeling_metamoe.py`, in this folder.",
+            "",
+            "```python",
+            f"from transformers import {loader}",
+            "",
+            f'model = {loader}.from_pretrained("FOLDER", trust_remote_code=True)',
+            "```",
+            "",
+        ]
+    )
+
+
 def seed_licence(place: str) -> str | None:
     """The licence that the card in a seed's folder names."""
     file = Path(place) / CARD
@@ -90,12 +110,12 @@ def seed_licence(place: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _metadata(seed: str, licence: str | None, images: bool) -> str:
+def _metadata(seed: str, licence: str | None, images: bool, library: str = "metamoe-fl") -> str:
     """What hubs read at the head of a card."""
     told = ModelCardData(
         base_model=seed if _HUB_ID.fullmatch(seed) else None,
         license=licence,
-        library_name="metamoe-fl",
+        library_name=library,
         pipeline_tag="zero-shot-image-classification" if images else "text-generation",
         tags=["mixture-of-experts", "federated-learning", "lora", "peft"],
     )

@@ -140,6 +140,8 @@ def _prepare(plan: Plan) -> None:
     except OSError as error:
         raise InputFileError(f"--out {plan.out} cannot be used: {error}") from error
     methods = [plan.settings(method, plan.seeds[0]) for method in plan.methods]
+    if without := methods[0].without:
+        raise InvalidSettingError(f"without = {list(without)} is for a run; in a benchmark every client takes part")
     for method, settings in zip(plan.methods, methods, strict=True):
         if method.use == "pooled" and settings.experts.max < settings.clients:
             raise InvalidSettingError(

@@ -16,6 +16,7 @@ import pytest
 import tomli_w
 
 from metamoe.audit.verification import verify
+from metamoe.changes import begin, overview
 from metamoe.common.audit.entries import Intent
 from metamoe.common.audit.keys import read_public
 from metamoe.common.audit.policy import load_policy, policy_text
@@ -30,6 +31,7 @@ from metamoe.common.presets import changed, load_settings, to_toml, validated
 from metamoe.deploy import flower
 from metamoe.deploy.keys import Federation, make_keys, read_federation
 from metamoe.deploy.processes import Running, _start_server, down, register, status, up
+from metamoe.server.changes import Change
 from metamoe.simulations.local import run_local
 
 pytestmark = pytest.mark.slow
@@ -102,6 +104,17 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
     for number, name in enumerate(small.client_names):
         state = federation / "clients" / f"client-{number}" / "state" / name
         assert load_model(state / "model").manifest.experts == small.client_names
+    # One client is taken out: its node is up, and says nothing; the others receive the model, and are asked nothing else.
+    begun = begin(tmp_path / "deployed", Change("remove", "greek"), tmp_path / "less")
+    assert begun.deployed
+    command = [BIN / "metamoe", "deploy", "resume", str(federation), str(tmp_path / "less")]
+    less = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert less.returncode == 0, less.stderr
+    assert load_model(tmp_path / "less" / "model").manifest.experts == ["digits", "arrows"]
+    for number, stages in enumerate([["profile", "deliver"], [], ["profile", "deliver"]]):
+        client = check_ledger(federation / "clients" / f"client-{number}" / "state" / "audit" / f"client-{number}")
+        assert [intent.stage for intent in client.of(Intent, overview(tmp_path / "less").changes[0]["run"])] == stages
+    assert verify(federation).fine
 
 
 def pids(federation: Path, party: str) -> list[int]:

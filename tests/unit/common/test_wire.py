@@ -150,6 +150,8 @@ def test_request_survives_the_wire(small: Settings) -> None:
         ({"experts": "a b c d"}, "at most one for each client"),
         ({"experts": "../a"}, r"different names.*'../a'"),
         ({"members": [0, 2]}, "run with 2 clients; it needs 3"),
+        ({"known": [0, 3]}, r"known of a request are numbers of clients in order, 0 to 2; got \[0, 3\]"),
+        ({"known": "0"}, "known of a request"),
         ({"settings": "not json"}, "not JSON"),
         ({"settings": '{"nonsense": 1}'}, "nonsense"),
         ({"settings": "[]"}, "settings = "),

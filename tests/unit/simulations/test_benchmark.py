@@ -184,6 +184,7 @@ def test_a_folder_with_something_else_in_it_is_refused(preset: Path, tmp_path: P
     [
         (("--set", "clients=1", "--ablation", "top-k"), "router.top-k = 3 is more than the 2 experts"),
         (("--set", "experts.max=2", "--methods", "unrestricted-moe"), "unrestricted-moe needs an expert for every client"),
+        (("--set", "without=['greek']", "--methods", "zero-shot"), "without = ['greek'] is for a run"),
         # How large the public set is only the data say.
         (("--ablation", "sizes"), "proxies.pool = 500 is not less than the 300 samples"),
     ],
