@@ -90,6 +90,18 @@ class Request:
     experts: Sequence[str] = ()
 
 
+def kind_of(message_type: str) -> Kind:
+    """Which of our questions a Flower message type is.
+
+    Raises:
+        ProtocolError: none.
+    """
+    kinds: list[Kind] = [kind for kind, name in MESSAGE_TYPE.items() if name == message_type]
+    if not kinds:
+        raise ProtocolError(f"message type {message_type!r} is none of {', '.join(MESSAGE_TYPE.values())}")
+    return kinds[0]
+
+
 def reply_artifacts(kind: Kind, settings: Settings, seed: Seed) -> list[Artifact]:
     """What a client's reply consists of."""
     match kind:
