@@ -310,6 +310,11 @@ def decode_arrays(content: RecordDict, artifacts: Sequence[Artifact], record: st
     return decoded
 
 
+def framed_bytes(artifact: Artifact) -> int:
+    """Bytes of an array on the wire: numpy's header, and the numbers."""
+    return len(_npy_header(artifact)) + artifact.bytes
+
+
 def _rounded(array: np.ndarray) -> np.ndarray:
     """float32 to the nearest number with few enough bits, ties to even; anything else as it is."""
     if array.dtype != np.float32:

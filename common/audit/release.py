@@ -16,7 +16,9 @@ from metamoe.common.audit.entries import (
     Intent,
     Open,
     Receipt,
+    Resent,
     Spent,
+    digest_of,
     receipt_statement,
     settings_hash,
 )
@@ -166,3 +168,22 @@ def checked(
     arrays = compute(artifacts)
     check_arrays(policy, arrays, [array for entry in entries if isinstance(entry, Intent) for array in entry.arrays])
     return arrays
+
+
+def is_sent_again(kind: Kind, terms: Request, policy: Policy, ledger: Ledger, arrays: list[ArrayEntry]) -> bool:
+    """Whether these arrays have left in this run and stage before; that they leave again is then in the ledger.
+
+    Raises:
+        PolicyError: the policy does not allow them any longer.
+        LedgerError: it could not be written down.
+    """
+    run, digest = terms.envelope.run, digest_of(arrays)
+    entries = ledger.run(run)
+    released = [entry for entry in entries if isinstance(entry, Intent) and entry.stage == kind]
+    first = next((entry for entry in released if digest_of(entry.arrays) == digest), None)
+    if first is None:
+        return False
+    others = [entry for entry in entries if entry not in released]
+    check_request(policy, terms.settings, [array.name for array in first.arrays], others)
+    ledger.append(Resent(run=run, message=terms.envelope.message, stage=kind, first=first.message))
+    return True
