@@ -247,10 +247,20 @@ class Gateway:
             objects = []
         elif len(tree.children) != 1 or message.content.ByteSize():
             raise RefusedError("has no records, or more beside them")
-        elif kept is None:
-            write_atomically(asked.folder / "reply.pb", request.SerializeToString(deterministic=True))
+        elif kept is None and not asked.is_done:
+            self._keep_reply(asked, request)
         # The session is named by the message that is answered: so it outlives this process.
         return PushMessagesResponse(results={root: 0}, objects_to_push=[] if asked.is_done else objects, session_id=asked.id)
+
+    def _keep_reply(self, asked: Asked, request: PushMessagesRequest) -> None:
+        try:
+            room = self._passing.room(kind_of(asked.message.metadata.message_type), asked.content())
+        except LedgerError:
+            raise
+        except MetaMoEError as error:
+            self._refuse(asked, error)
+            raise RefusedError(str(error)) from error
+        asked.keep_reply(request, room)
 
     def _push_object(self, request: PushObjectRequest) -> PushObjectResponse:
         asked = self._asked(request.session_id, request.run_id)
@@ -266,19 +276,12 @@ class Gateway:
                 return PushObjectResponse(stored=True)
             have = asked.pushed_bytes()
             if request.object_id not in have:
-                kind = kind_of(asked.message.metadata.message_type)
-                size = sum(have.values()) + len(request.object_content)
-                try:
-                    room = self._passing.room(kind, asked.content())
-                    if size > room:
-                        raise ProtocolError(f"more than {size} bytes in objects; at most {room} are declared")
-                except LedgerError:
-                    raise
-                except MetaMoEError as error:
-                    self._refuse(asked, error)
-                    raise RefusedError(str(error)) from error
-                asked.push(request.object_id, request.object_content)
                 have[request.object_id] = len(request.object_content)
+                if sum(have.values()) > asked.room:
+                    error = ProtocolError(f"more than {asked.room} bytes in objects, which are all that is declared")
+                    self._refuse(asked, error)
+                    raise RefusedError(str(error))
+                asked.push(request.object_id, request.object_content)
             if set(objects) <= set(have):
                 self._leave(asked, tree.children[0].object_id)
         return PushObjectResponse(stored=True)
@@ -317,14 +320,14 @@ class Gateway:
         try:
             kind = kind_of(asked.message.metadata.message_type)
         except ProtocolError as error:
-            return Error(CLIENT_ERROR_CODE + error.exit_code, ""), str(error)
+            return Error(CLIENT_ERROR_CODE + error.exit_code, ""), ""
         if isinstance(reply, Error):
             self._write_down(kind, asked, reply.code)
             return reply, ""
         try:
             records = self._passing.released(kind, asked.content(), reply, asked.pushed)
-            if made := set(get_all_nested_objects(records)).difference(asked.pushed_bytes()):
-                raise ProtocolError(f"{len(made)} objects are not written as Flower writes them")
+            if set(get_all_nested_objects(records)) != set(asked.pushed_bytes()):
+                raise ProtocolError("there are other objects than these records have, as Flower writes them")
             return records, ""
         except LedgerError:
             raise

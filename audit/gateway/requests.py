@@ -85,6 +85,16 @@ class Asked:
         """What the SuperNode pushed of its reply's objects."""
         return _read(self.folder / "reply.pb", PushMessagesRequest)
 
+    def keep_reply(self, request: PushMessagesRequest, room: int) -> None:
+        """Keep what the SuperNode pushed of its reply's objects, and how many bytes they may have."""
+        write_atomically(self.folder / "room", str(room))
+        write_atomically(self.folder / "reply.pb", request.SerializeToString(deterministic=True))
+
+    @cached_property
+    def room(self) -> int:
+        """The most bytes that the objects of its reply may have."""
+        return int((self.folder / "room").read_text())
+
     def pushed(self, object_id: str) -> bytes:
         """An object of the reply.
 
