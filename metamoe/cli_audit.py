@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
-from metamoe.audit.verification import checked_at
+from metamoe.audit.verification import checked_at, checked_gateways
 from metamoe.audit.verification import verify as verified
 from metamoe.cli_attacks import attack, canary
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
@@ -139,7 +139,7 @@ def reconcile_(
             raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
         if not found.clients:
             raise InputFileError(f"{place} holds no client's ledger; give the folder of one, and this one with --server")
-        clients = checked_at(found)[0]
+        clients = [*checked_at(found)[0], *checked_gateways(found)]
         arrived = checked_at(other)[1]
     findings = [finding for ledger in (*clients, *arrived) for finding in ledger.findings]
     findings += reconcile_all(clients, arrived)

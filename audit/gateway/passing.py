@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 
 from metamoe.audit.gateway.objects import read_reply
 from metamoe.common.audit.entries import Intent, Refusal, array_entries, seal_statement
-from metamoe.common.audit.keys import read_public, signed_by
+from metamoe.common.audit.keys import CLIENT_KEY, read_public, signed_by
 from metamoe.common.audit.ledger import Ledger
 from metamoe.common.audit.policy import load_policy
 from metamoe.common.audit.release import (
@@ -34,8 +34,6 @@ from metamoe.common.wire import (
     framed_bytes,
 )
 
-CLIENT_KEY = "client.pub"
-"""The public key of the ledger that the client's own app keeps: that of its first reply, and no other since."""
 _MOST_LINES = 1_000
 _SLACK = 1_000
 _MORE = 100_000

@@ -64,7 +64,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from."""
+    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from; of a
+    gateway's also the key of the client's own ledger, under which the server knows the client.
+    """
 
     name: str
     key: str
@@ -72,6 +74,7 @@ class Checked:
     policies: dict[str, Policy] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    sender: str = ""
 
     @property
     def entries(self) -> list[Entry]:
