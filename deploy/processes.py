@@ -261,7 +261,10 @@ def _started(pid: int) -> Started:
 
 
 def _end(running: Running, party: str) -> None:
-    flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
+    """Stop a party's processes, the last first: a SuperNode says goodbye to the server through its gateway."""
+    for process in running.processes.pop(party, [])[::-1]:
+        if process.alive:
+            flower.stop([process.pid])
 
 
 def _answers(folder: Path, running: Running) -> bool:

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import make_message
@@ -48,7 +49,15 @@ from metamoe.audit.gateway.fleet import LARGEST_REQUEST, METHODS, RefusedError, 
 from metamoe.audit.gateway.passing import Passing
 from metamoe.audit.gateway.requests import Asked, Requests, is_named_by
 from metamoe.audit.gateway.upstream import Upstream, UpstreamError
-from metamoe.common.errors import LedgerError, MetaMoEError, PolicyError, ProtocolError, StateFileError, all_errors
+from metamoe.common.errors import (
+    LedgerError,
+    MetaMoEError,
+    PolicyError,
+    ProtocolError,
+    StateFileError,
+    VersionMismatchError,
+    all_errors,
+)
 from metamoe.common.files import write_atomically, write_json
 from metamoe.common.wire import CLIENT_ERROR_CODE, Kind, kind_of
 
@@ -189,6 +198,12 @@ class Gateway:
     def _get_run(self, request: GetRunRequest) -> GetRunResponse:
         waiting = self._of_run(request.run_id)
         answer = self._passed("get-run", request, GetRunRequest(node=self._node, run_id=request.run_id), GetRunResponse)
+        if answer.run.fab_version != version("metamoe-fl"):
+            error = VersionMismatchError(
+                f"the server's app is of MetaMoE-FL {answer.run.fab_version[:50]!r}, this gateway is "
+                f"{version('metamoe-fl')!r}; install the same version"
+            )
+            self._refuse_all(waiting, error)
         self._check_bundle(waiting, answer.run.fab_hash)
         return answer
 
@@ -207,10 +222,12 @@ class Gateway:
     def _check_bundle(self, waiting: list[Asked], found: str) -> None:
         """The server's app bundle must be the agreed one; whoever asks for another hears that it was refused."""
         if found != self._bundle:
-            error = PolicyError(f"the app bundle {found[:16]} is not the agreed one, {self._bundle[:16]}")
-            for asked in waiting:
-                self._refuse(asked, error)
-            raise RefusedError(str(error), 403)
+            self._refuse_all(waiting, PolicyError(f"the app bundle {found[:16]} is not the agreed one, {self._bundle[:16]}"))
+
+    def _refuse_all(self, waiting: list[Asked], error: MetaMoEError) -> NoReturn:
+        for asked in waiting:
+            self._refuse(asked, error)
+        raise RefusedError(str(error), 403)
 
     def _pull_object(self, request: PullObjectRequest) -> PullObjectResponse:
         holders = [asked for asked in self._of_run(request.run_id) if request.object_id in asked.objects]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ class Server:
         objects: all that it has to give, by their ids.
         waiting: messages that it has for the client, and the trees of their objects.
         bundle: the app bundle of its runs.
+        version: of its app.
         down: whether it answers to nothing that is pushed.
     """
 
@@ -77,6 +79,7 @@ class Server:
     objects: dict[str, bytes] = field(default_factory=dict)
     waiting: list[PullMessagesResponse] = field(default_factory=list)
     bundle: bytes = BUNDLE
+    version: str = version("metamoe-fl")
     down: bool = False
 
     def ask(self, content: RecordDict, message_type: str = MESSAGE_TYPE["profile"]) -> Message:
@@ -98,7 +101,7 @@ class Server:
             case "pull-messages":
                 return self.waiting.pop(0) if self.waiting else PullMessagesResponse()
             case "get-run":
-                return GetRunResponse(run=Run(run_id=RUN, fab_hash=_sha256(self.bundle)))
+                return GetRunResponse(run=Run(run_id=RUN, fab_hash=_sha256(self.bundle), fab_version=self.version))
             case "get-fab":
                 return GetFabResponse(fab=Fab(hash_str=_sha256(self.bundle), content=self.bundle))
             case "pull-object":

@@ -35,7 +35,7 @@ from metamoe.common.audit.entries import Intent, Refusal, Resent
 from metamoe.common.audit.ledger import Ledger
 from metamoe.common.audit.verify import Verdict, check_ledger, worst
 from metamoe.common.config import Settings
-from metamoe.common.errors import InputFileError, LedgerError, PolicyError, ProtocolError
+from metamoe.common.errors import InputFileError, LedgerError, PolicyError, ProtocolError, VersionMismatchError
 from metamoe.common.wire import ARRAYS, AUDIT, CLIENT_ERROR_CODE, encode_reply
 from metamoe.deploy.keys import _private
 from tests.conftest import small_run
@@ -386,6 +386,10 @@ def test_another_app_bundle_does_not_come_down_and_the_server_hears_it(wire: Bet
     wire.server.bundle = BUNDLE
     wire.asked()
     assert wire.fab() == BUNDLE
+    wire.server.version = "9.9.9"
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        wire.client.GetRun(GetRunRequest(node=wire.node, run_id=RUN))
+    assert wire.server.codes()[-1] == CLIENT_ERROR_CODE + VersionMismatchError.exit_code
 
 
 def test_a_message_of_another_type_does_not_come_down(shared: Between) -> None:
