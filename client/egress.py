@@ -14,6 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from metamoe.client.outbox import Answer, Outbox
 from metamoe.client.policy import policy_of
 from metamoe.client.private import private_hash
+from metamoe.client.records import took_part
 from metamoe.client.site import Site, site_of
 from metamoe.common.audit.entries import (
     Intent,
@@ -135,7 +136,8 @@ def _answered(
     if ever:
         Outbox.of_all_runs(site, ever).keep(kind, ever, Answer(arrays, {}))
     keep_settings(site.audit, terms.settings)
-    ledger.append(Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
+    records = took_part(kind, terms.settings, site, run)
+    ledger.append(*records, Intent(run=run, message=message, stage=kind, arrays=array_entries(arrays | extra), spent=spent))
     if kind == "deliver":
         # It is part of the model that has just come back.
         outbox.forget("expert")

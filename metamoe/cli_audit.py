@@ -13,6 +13,8 @@ from metamoe.audit.report import MEANING, write_pages
 from metamoe.audit.verification import checked_at, checked_gateways
 from metamoe.audit.verification import verify as verified
 from metamoe.cli_attacks import attack, canary
+from metamoe.cli_erase import erase
+from metamoe.cli_follow import watch
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
 from metamoe.common.audit.reconcile import reconcile_all, unclaimed
@@ -236,6 +238,8 @@ def report(
 
 audit.command()(canary)
 audit.command()(attack)
+audit.command()(erase)
+audit.command()(watch)
 
 
 class Described(StrEnum):

@@ -15,11 +15,13 @@ from metamoe.common.audit.entries import (
     FIRST,
     Arrival,
     Entry,
+    Erasure,
     Head,
     Intent,
     Line,
     Open,
     Receipt,
+    Records,
     Resent,
     Seal,
     canonical,
@@ -208,6 +210,8 @@ def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Findi
         yield Finding(Verdict.VIOLATION, where, "was opened for a server that the policy does not allow")
     yield from _check_seals(checked, run, where, of_run)
     yield from _check_receipts(checked, run, where, server or first.server)
+    if {erasure.root for erasure in checked.of(Erasure, run)} - {records.root for records in checked.of(Records, run)}:
+        yield Finding(Verdict.TAMPERED, where, "erases a record from a list that the run has not")
     if policy:
         yield from _check_policy(policy, where, checked.of(Intent, run))
 
