@@ -1,11 +1,12 @@
 """What of a client's replies passes: the same rules as in the client's own app, with a ledger that the app cannot reach."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 from flwr.app import RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from metamoe.audit.gateway.objects import read_reply
 from metamoe.common.audit.entries import Intent, Refusal, array_entries, seal_statement
@@ -62,13 +63,16 @@ class Passing:
         artifacts = [*allowed_artifacts(kind, terms.settings, load_policy(self._policy)), *AUDIT_ARTIFACTS[kind]]
         return _MORE + sum(framed_bytes(artifact) + _SLACK for artifact in artifacts)
 
-    def released(self, kind: Kind, content: RecordDict, root: str, content_of: Callable[[str], bytes]) -> RecordDict:
+    def released(
+        self, kind: Kind, content: RecordDict, root: str, objects: Set[str], content_of: Callable[[str], bytes]
+    ) -> RecordDict:
         """A reply made anew of the arrays that were pushed, once it may leave and the ledger says that it will.
 
         Args:
             kind: what was asked.
             content: the request, without arrays.
             root: id of the object with the reply's records.
+            objects: ids of all objects that were pushed.
             content_of: gives the content of an object that was pushed.
 
         Raises:
@@ -85,6 +89,9 @@ class Passing:
         if kind == "profile" and not 0 <= arrays["client"] < terms.settings.clients:
             raise PolicyError(f"the reply says it is client {arrays['client']} of {terms.settings.clients}")
         self._check_audit(terms.envelope.run, audit)
+        anew = encode_reply(arrays, audit)
+        if set(get_all_nested_objects(anew)) != objects:
+            raise ProtocolError("there are other objects than these records have, as Flower writes them")
         sent = array_entries(arrays | audit)
         if not is_sent_again(kind, terms, policy, self._ledger, sent):
             spent = planned_spending(kind, terms.settings)
@@ -94,7 +101,7 @@ class Passing:
             self._ledger.append(Intent(run=run, message=message, stage=kind, arrays=sent, spent=spent))
             if kind == "deliver":
                 self._ledger.seal(run)
-        return encode_reply(arrays, audit)
+        return anew
 
     def refused(self, kind: Kind, content: RecordDict, code: int) -> None:
         """Write down that nothing leaves but an error's code.
