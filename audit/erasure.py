@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metamoe.audit.ledgers import Found
 from metamoe.client.private import private_samples
-from metamoe.client.records import leaf, leaves_of, record_hashes
+from metamoe.client.records import leaf, leaves_of, record_hashes, records_key
 from metamoe.client.site import Site
 from metamoe.common.audit.entries import Erasure, Intent, Open, Records, Stage
 from metamoe.common.audit.keys import read_public
@@ -41,7 +41,7 @@ class Part:
     run: str
     stage: Stage
     root: str
-    sent: list[str]
+    sent: Sequence[str]
     members: list[str]
     erased: bool
 
@@ -81,6 +81,7 @@ def look_up(found: Found, records: Sequence[str]) -> Answer:
     committed, parts = {entry.run for entry in commitments}, []
     old = "its ledger commits to no records: it is of an earlier version"
     unclear = {intent.run: old for intent in checked.of(Intent) if intent.run not in committed}
+    key = records_key(found.folder) if commitments else b""
     for entry in commitments:
         try:
             leaves = set(leaves_of(found.folder, entry.root))
@@ -92,7 +93,7 @@ def look_up(found: Found, records: Sequence[str]) -> Answer:
         named = [kind for kind in kinds if kind not in ("client", "ledger")]
         settings = _settings(found.folder, opened[entry.run])
         for record in records:
-            if (own := leaf(found.folder, entry.run, record)) in leaves:
+            if (own := leaf(key, entry.run, record)) in leaves:
                 members, gone = settings.client_names if settings else [], (entry.run, own) in erased
                 parts.append(Part(record, entry.run, entry.stage, entry.root, named, members, gone))
     unknown = [record for record in records if record not in {part.record for part in parts}]
@@ -108,9 +109,11 @@ def write_down(found: Found, answer: Answer) -> int:
     """
     if answer.left:
         raise StateFileError(f"not erased yet: {answer.left[0]} ({len(answer.left)} in all); nothing is written down")
-    ledger, lines = Ledger(found.folder), 0
+    if not answer.parts:
+        return 0
+    ledger, key, lines = Ledger(found.folder), records_key(found.folder), 0
     for run in dict.fromkeys(part.run for part in answer.parts):
-        new = {(p.root, leaf(found.folder, run, p.record)) for p in answer.parts if p.run == run and not p.erased}
+        new = {(p.root, leaf(key, run, p.record)) for p in answer.parts if p.run == run and not p.erased}
         if new:
             ledger.append(*(Erasure(run=run, root=root, leaf=own) for root, own in sorted(new)))
             ledger.seal(run)

@@ -7,7 +7,6 @@ import hmac
 import json
 import secrets
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import fsspec
@@ -40,26 +39,23 @@ def record_hashes(samples: Dataset) -> list[str]:
 
 
 def took_part(kind: Kind, settings: Settings, site: Site, run: str) -> list[Records]:
-    """The line for a ledger that commits to the records of which a reply is computed; the list is on disk beside it then. None
-    for a reply that is of no record.
+    """The line for a ledger that commits to the records of which a reply is computed; the list is on disk beside it
+    then. No line for a reply that is of no record.
     """
     if kind == "deliver" and not settings.report_accuracy:
         return []
     split = settings.data.evaluate_on if kind == "deliver" else "train"
     _make_key(site.audit)
-    leaves = sorted({leaf(site.audit, run, record) for record in record_hashes(private_samples(settings, site, split))})
+    key = records_key(site.audit)
+    leaves = sorted({leaf(key, run, record) for record in record_hashes(private_samples(settings, site, split))})
     root = root_of(leaves)
     write_atomically(_list_file(site.audit, root), json.dumps(leaves))
     return [Records(run=run, stage=kind, root=root)]
 
 
-def leaf(folder: Path, run: str, record: str) -> str:
-    """HMAC-SHA-256 of run and record under the client's own key: who has not the key cannot tell whether a record is meant.
-
-    Raises:
-        StateFileError: the key is not beside the ledger.
-    """
-    return hmac.digest(_key(folder), f"{run} {record}".encode(), "sha256").hex()
+def leaf(key: bytes, run: str, record: str) -> str:
+    """HMAC-SHA-256 of run and record under the client's own key: who has not the key cannot tell whether a record is meant."""
+    return hmac.digest(key, f"{run} {record}".encode(), "sha256").hex()
 
 
 def root_of(leaves: Sequence[str]) -> str:
@@ -95,8 +91,12 @@ def _make_key(folder: Path) -> None:
         file.chmod(0o600)
 
 
-@lru_cache(maxsize=16)
-def _key(folder: Path) -> bytes:
+def records_key(folder: Path) -> bytes:
+    """The key of the hashes of records, beside the ledger.
+
+    Raises:
+        StateFileError: it is not there.
+    """
     try:
         return bytes.fromhex((folder / _KEY).read_text().strip())
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ import ssl
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +79,7 @@ class Upstream:
             UpstreamError: it does not answer, or not as it should.
         """
         timestamp = now().isoformat()
-        headers = {
+        headers: dict[bytes | str, bytes | str] = {
             "content-type": MEDIA_TYPE,
             "accept": MEDIA_TYPE,
             **dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata()),
@@ -177,7 +178,7 @@ class _Encrypted(httpcore.NetworkStream):
         try:
             rest = memoryview(buffer)
             while rest:
-                rest = rest[self._pumped(lambda part=rest: self._object.write(part), timeout) :]
+                rest = rest[self._pumped(partial(self._object.write, rest), timeout) :]
         except OSError as error:
             raise httpcore.WriteError(str(error)) from error
 

@@ -11,7 +11,7 @@ import pytest
 from metamoe.audit.erasure import look_up, steps, write_down
 from metamoe.audit.ledgers import ledgers_at
 from metamoe.audit.verification import verify
-from metamoe.client.records import leaf, leaves_of, record_hashes
+from metamoe.client.records import leaf, leaves_of, record_hashes, records_key
 from metamoe.common.audit.entries import Erasure, Records
 from metamoe.common.audit.ledger import Ledger
 from metamoe.common.config import Settings
@@ -81,7 +81,7 @@ def test_the_list_is_held_to_what_the_ledger_commits_to(run: Path, record: str) 
     with ledgers_at(run) as ledgers:
         found = ledgers.clients[0]
         committed = next(entry for entry in Ledger(found.folder).entries() if isinstance(entry, Records))
-        file, own = found.folder / f"records-{committed.root}.json", leaf(found.folder, committed.run, record)
+        file, own = found.folder / f"records-{committed.root}.json", leaf(records_key(found.folder), committed.run, record)
         one_less = [other for other in leaves_of(found.folder, committed.root) if other != own]
         file.write_text(json.dumps(one_less))
         answer = look_up(found, [record])
