@@ -45,12 +45,14 @@ class Ledgers:
     Attributes:
         clients: one each.
         servers: one for each run.
+        gateways: those of the clients' gateways, which say the same of the same messages.
         of_run: whether the place is one run's, though the clients' ledgers have others too.
         bundle: what they were unpacked from.
     """
 
     clients: list[Found]
     servers: list[Found]
+    gateways: tuple[Found, ...] = ()
     of_run: bool = False
     bundle: Path | None = None
 
@@ -107,21 +109,28 @@ def _find(folder: Path) -> Ledgers:
     if any((folder / name).is_file() for name in (LEDGER, HEAD)):
         return Ledgers([], [_server_found(folder)]) if _is_server(folder) else Ledgers([_client_found(folder)], [])
     if (folder / _FEDERATION).is_file():
-        return Ledgers(_federation_clients(folder), [_server_found(own) for own in _lying_in(folder, "runs/*/server/audit")])
+        servers = [_server_found(own) for own in _lying_in(folder, "runs/*/server/audit")]
+        return Ledgers(_federation_clients(folder), servers, _gateways(folder, "clients/client-*/"))
     servers = [_server_found(own) for own in _lying_in(folder, "server/audit")]
     # A simulation has its clients' state in its folder; a deployed run lies beside the clients' folders; a client's own folder
     # has its state in state/, and that in turn is a place of its own.
     for pattern in ("clients/audit/client-*", "state/audit/client-*", "audit/client-*"):
         if clients := [_client_found(own) for own in _lying_in(folder, pattern)]:
-            return Ledgers(clients, servers)
+            return Ledgers(clients, servers, _gateways(folder))
     federation = folder.parent.parent
     if servers and (federation / _FEDERATION).is_file():
-        return Ledgers(_federation_clients(federation), servers, of_run=True)
+        return Ledgers(_federation_clients(federation), servers, _gateways(federation, "clients/client-*/"), of_run=True)
     return Ledgers([], servers)
 
 
 def _federation_clients(federation: Path) -> list[Found]:
     return [_client_found(own) for own in _lying_in(federation, "clients/client-*/state/audit/client-*")]
+
+
+def _gateways(folder: Path, clients: str = "") -> tuple[Found, ...]:
+    """``[FEDERATION/clients/]CLIENT/gateway/audit``."""
+    found = _lying_in(folder, f"{clients}gateway/audit")
+    return tuple(replace(_client_found(own), name=f"gateway of {own.parents[1].name}") for own in found)
 
 
 def _lying_in(folder: Path, pattern: str) -> list[Path]:
@@ -130,10 +139,10 @@ def _lying_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def _client_found(folder: Path) -> Found:
-    """``[FEDERATION/clients/CLIENT/state/]audit/client-N``."""
-    server = None
-    if len(folder.parents) > 4 and (folder.parents[4] / _FEDERATION).is_file():
-        server = public_file(folder.parents[4] / "server")
+    """``[FEDERATION/clients/CLIENT/state/]audit/client-N``, or its gateway's ``[FEDERATION/clients/CLIENT/]gateway/audit``."""
+    server, federation = None, folder.parents[3 if folder.parent.name == "gateway" else 4 : 5]
+    if federation and (federation[0] / _FEDERATION).is_file():
+        server = public_file(federation[0] / "server")
     return Found(folder, folder.name, public_file(folder), server if server and server.is_file() else None)
 
 

@@ -24,9 +24,10 @@ class SentArray(Protocol):
     def sha256(self) -> str: ...
 
 
-def document(title: str, *content: str) -> str:
-    """A whole page under its title."""
-    head = tag("head", Html(_META), tag("title", title), tag("style", Html(_STYLE)))
+def document(title: str, *content: str, refresh: int = 0) -> str:
+    """A whole page under its title, which a browser reads anew after so many seconds; 0 for never."""
+    again = Html(f'<meta http-equiv="refresh" content="{refresh}">') if refresh else Html()
+    head = tag("head", Html(_META), again, tag("title", title), tag("style", Html(_STYLE)))
     body = tag("main", tag("h1", title), *content)
     return "<!DOCTYPE html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
 

@@ -7,7 +7,7 @@ from metamoe.audit.ledgers import Ledgers
 from metamoe.audit.page import Html, array_table, document, join, table, tag
 from metamoe.audit.picture import checks, flow, spent, time_line
 from metamoe.audit.verification import checked_at
-from metamoe.common.audit.entries import Arrival, Intent, Open, Receipt, Refusal, Resent, Seal
+from metamoe.common.audit.entries import Arrival, Erasure, Intent, Open, Receipt, Refusal, Resent, Seal
 from metamoe.common.audit.reconcile import reconcile_all, unclaimed
 from metamoe.common.audit.verify import Checked, Finding, Verdict, worst
 from metamoe.common.audit.words import EXPLAINED, coverage_words, policy_lines, privacy_of, released
@@ -24,8 +24,13 @@ MEANING = {
 }
 
 
-def write_pages(found: Ledgers, folder: Path) -> Verdict:
+def write_pages(found: Ledgers, folder: Path, refresh: int = 0) -> Verdict:
     """Write ``index.html`` and ``client-N.html`` into a folder.
+
+    Args:
+        found: the ledgers.
+        folder: for the pages.
+        refresh: seconds after which a browser reads a page anew; 0 for never.
 
     Returns:
         What all checks together come to.
@@ -39,14 +44,18 @@ def write_pages(found: Ledgers, folder: Path) -> Verdict:
     findings = {client.name: client.findings + reconcile_all([client], servers) for client in clients}
     of_server = [finding for server in servers for finding in (*server.findings, *unclaimed(clients, server))]
     for client in clients:
-        write_atomically(folder / f"{client.name}.html", client_page(client, findings[client.name], bool(servers)))
+        write_atomically(folder / f"{client.name}.html", client_page(client, findings[client.name], bool(servers), refresh))
     everything = [f for of in findings.values() for f in of] + of_server
-    write_atomically(folder / "index.html", federation_page(clients, servers, findings, everything))
+    write_atomically(folder / "index.html", federation_page(clients, servers, findings, everything, refresh))
     return worst(everything)
 
 
 def federation_page(
-    clients: Sequence[Checked], servers: Sequence[Checked], findings: dict[str, list[Finding]], everything: Sequence[Finding]
+    clients: Sequence[Checked],
+    servers: Sequence[Checked],
+    findings: dict[str, list[Finding]],
+    everything: Sequence[Finding],
+    refresh: int = 0,
 ) -> str:
     """All clients at a glance, and the server's ledgers, of which each run can have one."""
     rows = []
@@ -75,10 +84,10 @@ def federation_page(
         tag("h2", "What all clients together sent, and what it means"),
         _explained([intent for client in clients for intent in client.of(Intent)]),
     ]
-    return document("What the clients of this federation sent", *parts)
+    return document("What the clients of this federation sent", *parts, refresh=refresh)
 
 
-def client_page(client: Checked, findings: Sequence[Finding], compared: bool) -> str:
+def client_page(client: Checked, findings: Sequence[Finding], compared: bool, refresh: int = 0) -> str:
     """One client: its policy, and each message of each run."""
     agreed = " and agrees with the server's" if compared else "; the server's ledger is not here to compare it with"
     parts = [
@@ -109,7 +118,8 @@ def client_page(client: Checked, findings: Sequence[Finding], compared: bool) ->
             ]
         refusals = [f"Refused in stage {r.stage}: error code {r.code} was sent, nothing else." for r in client.of(Refusal, run)]
         parts += [tag("p", refusal) for refusal in refusals]
-    return document(f"What {client.name} sent", *parts)
+        parts += [tag("p", f"Erased since: a record that took part, {e.leaf[:16]}.") for e in client.of(Erasure, run)]
+    return document(f"What {client.name} sent", *parts, refresh=refresh)
 
 
 def _run_facts(client: Checked, run: str) -> Html:

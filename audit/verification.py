@@ -1,13 +1,13 @@
 """Every ledger of a run, each checked by itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
 from metamoe.audit.ledgers import Found, Ledgers, ledgers_at
 from metamoe.common.audit.entries import Receipt
-from metamoe.common.audit.keys import read_public
+from metamoe.common.audit.keys import CLIENT_KEY, read_public
 from metamoe.common.audit.verify import Checked, Finding, Verdict, check_ledger, worst
 
 
@@ -57,8 +57,9 @@ def verify(
     own, server = (Path(file) if file is not None else None for file in (key, server_key))
     with ledgers_at(Path(run) if isinstance(run, str | PathLike) else run.folder) as found:
         clients, servers = checked_at(found, own, server)
-    findings = [finding for ledger in (*clients, *servers) for finding in ledger.findings]
-    return Verification(worst(findings), findings, [*clients, *servers])
+        ledgers = [*clients, *checked_gateways(found, server), *servers]
+    findings = [finding for ledger in ledgers for finding in ledger.findings]
+    return Verification(worst(findings), findings, ledgers)
 
 
 def checked_at(
@@ -79,9 +80,29 @@ def checked_at(
     servers = [_checked(found, one, server_key or alone or one.key, None) for one in found.servers]
     clients = [_checked(found, one, key or one.key, server_key or one.server) for one in found.clients]
     if found.of_run and not whole:
-        runs = [run for server in servers for run in server.runs]
-        clients = [client.in_runs(runs) for client in clients if set(runs).intersection(client.runs)]
+        clients = _in_their_runs(clients, servers)
     return clients, servers
+
+
+def checked_gateways(found: Ledgers, server_key: Path | None = None) -> list[Checked]:
+    """The ledgers of the clients' gateways, each with the key of the client's own ledger, under which its messages arrive.
+
+    Raises:
+        InputFileError: one cannot be read, or a key.
+    """
+    gateways = []
+    for one in found.gateways:
+        checked, sender = _checked(found, one, one.key, server_key or one.server), one.folder / CLIENT_KEY
+        gateways.append(replace(checked, sender=read_public(sender) if sender.is_file() else ""))
+    if found.of_run:
+        servers = [_checked(found, one, server_key or one.key, None) for one in found.servers]
+        gateways = _in_their_runs(gateways, servers)
+    return gateways
+
+
+def _in_their_runs(clients: list[Checked], servers: list[Checked]) -> list[Checked]:
+    runs = [run for server in servers for run in server.runs]
+    return [client.in_runs(runs) for client in clients if set(runs).intersection(client.runs)]
 
 
 def _checked(found: Ledgers, one: Found, key: Path, server: Path | None) -> Checked:

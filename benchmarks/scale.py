@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 from flwr.common.serde import recorddict_to_proto
 
+from metamoe.common.bundle import CLIENT_APP
 from metamoe.common.config import Settings
 from metamoe.common.files import write_atomically
 from metamoe.common.model.lora import expert_layers, expert_shapes
 from metamoe.common.model.seed import load_seed
 from metamoe.common.presets import load_settings, to_toml
 from metamoe.common.wire import AUDIT_ARTIFACTS, encode_reply, reply_artifacts
-from metamoe.deploy import flower
 from metamoe.simulations.flower import run_flower
 
 Row = dict[str, float | str]
@@ -65,7 +65,7 @@ def more_clients(few: int = 10, many: int = 100) -> dict[str, Row]:
         overrides = [f"clients={count}", "data.private-samples=40", "data.dirichlet=100", "proxies.count=40"]
         overrides += ["expert-training.epochs=4", "compute.connect-timeout=300"]
         with TemporaryDirectory() as folder:
-            _, seconds[count], _ = _run(load_settings("glyphs", overrides), Path(folder), flower.CLIENT_APP)
+            _, seconds[count], _ = _run(load_settings("glyphs", overrides), Path(folder), CLIENT_APP)
     ours, peer = ((seconds[count] - seconds[1]) / (count - 1) for count in (many, few))
     return {
         f"a client of {many} that trains, against one of {few}, CPU": {

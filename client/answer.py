@@ -12,11 +12,12 @@ from filelock import FileLock
 from metamoe.client.deliver import store_and_evaluate
 from metamoe.client.dp_sgd import train_with_privacy
 from metamoe.client.expert import expert_key, expert_routing_vectors, expert_samples, train_expert
-from metamoe.client.policy import permitted, policy_of
+from metamoe.client.policy import policy_of
 from metamoe.client.private import private_samples
 from metamoe.client.profile import profile
 from metamoe.client.site import Site
 from metamoe.common.audit.policy import check_private_samples
+from metamoe.common.audit.release import permitted
 from metamoe.common.compute import place_of, threads
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import known_classes, label_space, load_public, public_fingerprint

@@ -22,6 +22,7 @@ class Site:
         data: the folder of its own data; None where data is built in.
         policy: the file in which its owner says what may leave; None for the policy that comes with the product.
         simulation: whether this is one of many clients of one researcher, with nobody's data to protect.
+        behind_gateway: whether its owner's gateway stands between it and the server, and waits for the policy's time step.
     """
 
     client: int
@@ -29,6 +30,7 @@ class Site:
     data: Path | None = None
     policy: Path | None = None
     simulation: bool = True
+    behind_gateway: bool = False
 
     @property
     def log(self) -> Path:
@@ -51,7 +53,8 @@ class Site:
 
 def site_of(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Site:
     """The site as node config says it (``partition-id``, ``state-dir``, ``data-dir`` for data of its own if there is any,
-    ``policy`` for the owner's policy); in a simulation, which has no ``state-dir``, the folder lies in the run's.
+    ``policy`` for the owner's policy, ``behind-gateway``); in a simulation, which has no ``state-dir``, the folder lies in the
+    run's.
     """
     given = {key: Path(str(node_config[key])) for key in ("state-dir", "data-dir", "policy") if node_config.get(key)}
     # A container has the folder mounted whether there is data in it or not.
@@ -59,4 +62,5 @@ def site_of(node_config: Mapping[str, object], run_config: Mapping[str, object])
         del given["data-dir"]
     simulation = "state-dir" not in given
     state = given.get("state-dir") or Path(str(run_config["out"])) / "clients"
-    return Site(int(str(node_config["partition-id"])), state, given.get("data-dir"), given.get("policy"), simulation)
+    behind = bool(node_config.get("behind-gateway"))
+    return Site(int(str(node_config["partition-id"])), state, given.get("data-dir"), given.get("policy"), simulation, behind)

@@ -141,10 +141,15 @@ class LedgerError(MetaMoEError):
 
 def by_code(code: int) -> type[MetaMoEError]:
     """The error type of an exit code; the base type if there is none."""
+    return next((kind for kind in all_errors() if kind.exit_code == code), MetaMoEError)
+
+
+def all_errors() -> list[type[MetaMoEError]]:
+    """Every kind of error, the base type first."""
     types = [MetaMoEError]
     for kind in types:
         types.extend(kind.__subclasses__())
-    return next((kind for kind in types if kind.exit_code == code), MetaMoEError)
+    return types
 
 
 def first_problem(error: ValidationError) -> str:

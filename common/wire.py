@@ -96,6 +96,18 @@ class Request:
         return client in self.known
 
 
+def kind_of(message_type: str) -> Kind:
+    """Which of our questions a Flower message type is.
+
+    Raises:
+        ProtocolError: none.
+    """
+    kinds: list[Kind] = [kind for kind, name in MESSAGE_TYPE.items() if name == message_type]
+    if not kinds:
+        raise ProtocolError(f"message type {message_type!r} is none of {', '.join(MESSAGE_TYPE.values())}")
+    return kinds[0]
+
+
 def reply_artifacts(kind: Kind, settings: Settings, seed: Seed, introduced: bool = False) -> list[Artifact]:
     """What a client's reply consists of; ``introduced`` in stage 1 where it only says who it is."""
     match kind:
@@ -312,6 +324,11 @@ def decode_arrays(content: RecordDict, artifacts: Sequence[Artifact], record: st
             raise ProtocolError(f"array {artifact.name!r} is missing")
         decoded[artifact.name] = _decode(arrays[artifact.name], artifact)
     return decoded
+
+
+def framed_bytes(artifact: Artifact) -> int:
+    """Bytes of an array on the wire: numpy's header, and the numbers."""
+    return len(_npy_header(artifact)) + artifact.bytes
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

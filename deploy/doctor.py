@@ -20,7 +20,7 @@ _SOON = timedelta(days=30)
 _ANSWER_SECONDS = 10
 # A certificate is valid from five minutes before it was made, and a date in HTTP is in whole seconds.
 _SKEW_SECONDS = 30
-_SECRETS = ("ca.key", "server.key", "audit.key", "node.key", "runtime.key", "superexec.secret")
+_SECRETS = ("ca.key", "server.key", "audit.key", "node.key", "runtime.key", "gateway.key", "superexec.secret")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def examine_client(folder: Path, host: str, port: int, now: datetime) -> list[Fi
         port: of the server.
         now: the time on this machine, with a time zone.
     """
-    own = folder / "runtime.crt"
-    findings = [Finding(str(own), certificate_problem(own, own, "localhost", now)), *_modes(folder)]
+    owns = (folder / "runtime.crt", folder / "gateway.crt")
+    findings = [*(Finding(str(own), certificate_problem(own, own, "localhost", now)) for own in owns), *_modes(folder)]
     return [*findings, *_server(host, port, folder / "ca.crt", now)]
 
 

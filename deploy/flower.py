@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import tomli_w
 
+from metamoe.common.bundle import CLIENT_APP, write_app
 from metamoe.common.errors import RunFailedError, by_code
 from metamoe.common.files import cache_folder, write_atomically
 
@@ -47,9 +47,6 @@ def write_connection(home: Path, name: str, connection: Mapping[str, str | bool]
     write_atomically(home / "config.toml", tomli_w.dumps({"superlink": {"default": name, name: dict(connection)}}))
 
 
-CLIENT_APP = "metamoe.client.app:app"
-
-
 def run(
     home: Path, connection: str, out: Path, *options: str, audit_keys: Path | None = None, client_app: str = CLIENT_APP
 ) -> None:
@@ -72,7 +69,7 @@ def run(
     config = f"preset={json.dumps(str(out / 'settings.toml'))} out={json.dumps(str(out))} resume=true"
     config += f" audit-keys={json.dumps(str(audit_keys))}" if audit_keys else ""
     submitted = flwr(
-        home, "run", str(_write_app(home / "metamoe-app", client_app)), connection, "--run-config", config, *options
+        home, "run", str(write_app(home / "metamoe-app", client_app)), connection, "--run-config", config, *options
     )
     write_atomically(out / "server" / _RUN_ID, str(submitted["run-id"]))
     follow(home, connection, out)
@@ -194,24 +191,6 @@ def stop(pids: Sequence[int]) -> None:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(alive, _STOP_SECONDS)
-
-
-def _write_app(folder: Path, client_app: str) -> Path:
-    """A Flower app that holds no code: the installed packages are the app, so nothing else can be picked up in their place."""
-    pyproject = {
-        "project": {"name": "metamoe", "version": version("metamoe-fl"), "license": "Apache-2.0", "dependencies": []},
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "metamoe",
-                    "components": {"serverapp": "metamoe.server.app:app", "clientapp": client_app},
-                    "config": {"preset": "glyphs", "set": "", "out": "runs/flower", "audit-keys": "", "resume": False},
-                }
-            }
-        },
-    }
-    write_atomically(folder / "pyproject.toml", tomli_w.dumps(pyproject))
-    return folder
 
 
 def _finished(home: Path, connection: str, run_id: str, signs: Sequence[Path]) -> str:

@@ -7,9 +7,10 @@
     clients/client-N/         node.key, node.pub        who the client is to the server
                               policy.toml               what may leave the client; its owner's to change
                               runtime.key, runtime.crt  for its own processes among themselves; with a copy of ca.crt
+                              gateway.key, gateway.crt  by which its SuperNode knows its gateway
 
-and, empty at first, what is written later: ``runs/``, ``server/flower/``, ``server/cache/``, and each client's ``data/`` and
-``state/``. They are made here because a container engine would make them for root.
+and, empty at first, what is written later: ``runs/``, ``server/flower/``, ``server/cache/``, and each client's ``data/``,
+``state/`` and ``gateway/``. They are made here because a container engine would make them for root.
 
 Server and each client have a file ``superexec.secret`` besides: what starts an app process proves with it that it may. All
 keys are ECDSA on the curve P-384 but the ledger's, which is Ed25519, and files that must stay secret have the mode 0600.
@@ -41,6 +42,7 @@ _BACKDATED = timedelta(minutes=5)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SERVICES = ("superlink", "supernode")
 """The names of the services in docker/compose*.yaml; in compose.yaml each client's has its number behind it."""
+_GATEWAY = "gateway"
 
 
 class Federation(BaseModel):
@@ -147,14 +149,34 @@ def _make_client(folder: Path, root: bytes, server: str, services: Sequence[str]
     public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(folder / "node.pub", public + b"\n", secret=False)
     names = [_general_name(host) for host in (*_LOOPBACK, *services)]
-    key, certificate = _certificate("MetaMoE-FL client", names, days, now)
-    _write(folder / "runtime.key", _private(key))
-    _write(folder / "runtime.crt", _pem(certificate), secret=False)
+    _write_pair(folder / "runtime", names, days, now)
+    gateways = [service.replace(_SERVICES[1], _GATEWAY) for service in services]
+    make_gateway_keys(folder, days, now, gateways)
     _write(folder / "ca.crt", root, secret=False)
     _write_secret(folder)
     _write(folder / "policy.toml", policy_text(DEFAULT.model_copy(update={"server": server})).encode(), secret=False)
     for written in ("data", "state"):
         (folder / written).mkdir(mode=0o700)
+
+
+def make_gateway_keys(folder: Path, days: int, now: datetime, services: Sequence[str] = (_GATEWAY,)) -> None:
+    """Make what a client's gateway needs, in a folder that was made before there were any.
+
+    Args:
+        folder: the client's.
+        days: how long its certificate is valid.
+        now: from when on, with a time zone.
+        services: the names of its container.
+    """
+    _write_pair(folder / "gateway", [_general_name(host) for host in (*_LOOPBACK, *services)], days, now)
+    (folder / _GATEWAY).mkdir(mode=0o700, exist_ok=True)
+
+
+def _write_pair(name: Path, hosts: Sequence[x509.GeneralName], days: int, now: datetime) -> None:
+    """A key of a client's own, and the certificate that vouches for itself."""
+    key, certificate = _certificate("MetaMoE-FL client", hosts, days, now)
+    _write(name.with_suffix(".key"), _private(key))
+    _write(name.with_suffix(".crt"), _pem(certificate), secret=False)
 
 
 def _certificate(

@@ -2,8 +2,8 @@
 process of its own for every message.
 
 A SuperLink and what starts its ServerApps lie in ``server/``; each client's SuperNode and what starts its ClientApps in
-``clients/client-N/``. Each of these folders gets Flower's own files, logs, and for clients ``state/``: what outlives a process.
-A client that has data of its own has it in ``data/`` there.
+``clients/client-N/``, with the gateway between it and the server. Each of these folders gets Flower's own files, logs, and for
+clients ``state/``: what outlives a process. A client that has data of its own has it in ``data/`` there.
 """
 
 import time
@@ -20,10 +20,11 @@ from metamoe.common.errors import InputFileError, InvalidSettingError, MetaMoEEr
 from metamoe.common.files import worked_on, write_atomically, write_json
 from metamoe.deploy import flower
 from metamoe.deploy.certificates import certificate_problems
-from metamoe.deploy.keys import Federation, read_federation
+from metamoe.deploy.keys import Federation, make_gateway_keys, read_federation
 
 CONNECTION = "federation"
 _ONLINE_SECONDS = 90
+_GATEWAY_DAYS = 365
 _SERVER = "server"
 _NODES = "nodes.json"
 _KEY_IN_USE = "Public key already in use"
@@ -54,7 +55,7 @@ class Running(BaseModel):
     processes: dict[str, list[Started]] = {}
 
     def alive(self, party: str) -> bool:
-        """Whether both of a party's processes run: the link, and what starts its apps."""
+        """Whether all of a party's processes run: the link, what starts its apps, and a client's gateway."""
         return party in self.processes and all(process.alive for process in self.processes[party])
 
 
@@ -209,18 +210,22 @@ def _start_server(folder: Path, federation: Federation, running: Running) -> Non
     link += ["--ssl-certfile", str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key")]
     link += ["--ssl-ca-certfile", str(own / "ca.crt")]
     apps = ["flower-superexec", "--runtime-api-address", address, "--root-certificates", str(own / "ca.crt"), *secret]
-    _start(folder, running, _SERVER, home, federation.port, link, apps)
+    _start(folder, running, _SERVER, home, [("link", link, federation.port), ("apps", apps, None)])
 
 
 def _start_client(folder: Path, federation: Federation, running: Running, number: int) -> None:
     name = federation.names[number]
     own = folder / "clients" / name
-    home, port = own / "flower", flower.free_port()
+    home, port, gate = own / "flower", flower.free_port(), flower.free_port()
+    if not (own / "gateway.key").exists():
+        make_gateway_keys(own, _GATEWAY_DAYS, datetime.now(UTC))
+    # The client's only way out.
+    way = ["metamoe", "--quiet", "gateway", str(own), "--superlink", f"localhost:{federation.port}", "--port", str(gate)]
     runtime = ["--ssl-certfile", str(own / "runtime.crt"), "--ssl-keyfile", str(own / "runtime.key")]
     secret = ["--superexec-auth-secret-file", str(own / "superexec.secret")]
-    node = ["flower-supernode", "--isolation", "process", "--superlink", f"localhost:{federation.port}"]
-    node += ["--root-certificates", str(own / "ca.crt"), "--auth-supernode-private-key", str(own / "node.key")]
-    config = f'partition-id={number} state-dir="{own / "state"}"'
+    node = ["flower-supernode", "--isolation", "process", "--superlink", f"localhost:{gate}"]
+    node += ["--root-certificates", str(own / "gateway.crt"), "--auth-supernode-private-key", str(own / "node.key")]
+    config = f'partition-id={number} state-dir="{own / "state"}" behind-gateway=true'
     config += f' policy="{own / "policy.toml"}"'
     if (data := own / "data").is_dir():
         config += f' data-dir="{data}"'
@@ -228,20 +233,24 @@ def _start_client(folder: Path, federation: Federation, running: Running, number
     node += ["--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile", str(own / "runtime.crt"), *runtime, *secret]
     apps = ["flower-superexec", "--runtime-api-address", f"127.0.0.1:{port}"]
     apps += ["--root-certificates", str(own / "runtime.crt"), *secret]
-    _start(folder, running, name, home, port, node, apps)
+    _start(folder, running, name, home, [("gateway", way, gate), ("link", node, port), ("apps", apps, None)])
 
 
-def _start(folder: Path, running: Running, party: str, home: Path, port: int, link: list[str], apps: list[str]) -> None:
-    """Start a party's two processes, the second when the first listens, and note them down at once."""
+def _start(
+    folder: Path, running: Running, party: str, home: Path, commands: Sequence[tuple[str, list[str], int | None]]
+) -> None:
+    """Start a party's processes, each by its name in the folder's logs, its command, and the port on which it must listen
+    before the next is started; and note them down at once.
+    """
     home.mkdir(parents=True, exist_ok=True)
-    log = home.with_name("link.log")
-    first = flower.start(link, home, log)
-    running.processes[party] = [_started(first.pid)]
-    _save(folder, running)
-    flower.wait_for(first, port, log)
-    second = flower.start(apps, home, home.with_name("apps.log"))
-    running.processes[party].append(_started(second.pid))
-    _save(folder, running)
+    running.processes[party] = []
+    for name, command, port in commands:
+        log = home.with_name(f"{name}.log")
+        process = flower.start(command, home, log)
+        running.processes[party].append(_started(process.pid))
+        _save(folder, running)
+        if port is not None:
+            flower.wait_for(process, port, log)
 
 
 def _started(pid: int) -> Started:
@@ -252,7 +261,10 @@ def _started(pid: int) -> Started:
 
 
 def _end(running: Running, party: str) -> None:
-    flower.stop([process.pid for process in running.processes.pop(party, []) if process.alive])
+    """Stop a party's processes, the last first: a SuperNode says goodbye to the server through its gateway."""
+    for process in running.processes.pop(party, [])[::-1]:
+        if process.alive:
+            flower.stop([process.pid])
 
 
 def _answers(folder: Path, running: Running) -> bool:

@@ -87,7 +87,7 @@ done
 
 # Every address of every other container, by name and by number, the gateways, and the world.
 numbers='import psutil; print(*(a.address for n in psutil.net_if_addrs().values() for a in n if a.family == 2 and a.address != "127.0.0.1"))'
-targets=(supernode-0:9094 superlink:8000 supernode-1:9094 clientapp-1:22 192.0.2.1:443 1.1.1.1:53 example.org:443)
+targets=(supernode-0:9094 gateway-0:9095 superlink:8000 supernode-1:9094 clientapp-1:22 192.0.2.1:443 1.1.1.1:53 example.org:443)
 for service in superlink serverapp supernode-1; do
     for address in $(inside "$service" python3 -c "$numbers"); do
         targets+=("$address:8000" "$address:9094" "${address%.*}.1:8000")
@@ -99,6 +99,10 @@ done
 reached=$(inside clientapp-0 python3 - "${targets[@]}" < docker/reach.py | tr -d '\r')
 echo "of ${#targets[@]} addresses the app of client 0 reaches: $reached"
 [ "$reached" = supernode-0:9094 ] || { echo "it must reach its SuperNode, and nothing else" >&2; exit 1; }
-reached=$(inside supernode-0 python3 - superlink:8000 supernode-1:9094 < docker/reach.py | tr -d '\r')
-[ "$reached" = superlink:8000 ] || { echo "a SuperNode must reach the server and no other client; it reaches: $reached" >&2; exit 1; }
+reached=$(inside supernode-0 python3 - gateway-0:9095 superlink:8000 supernode-1:9094 gateway-1:9095 < docker/reach.py | tr -d '\r')
+[ "$reached" = gateway-0:9095 ] || { echo "a SuperNode must reach its gateway and nothing else; it reaches: $reached" >&2; exit 1; }
+reached=$(inside gateway-0 python3 - superlink:8000 gateway-1:9095 supernode-1:9094 < docker/reach.py | tr -d '\r')
+[ "$reached" = superlink:8000 ] || { echo "a gateway must reach the server and no other client; it reaches: $reached" >&2; exit 1; }
+"$ENGINE" run --rm --network none --read-only --tmpfs /tmp --cap-drop ALL --user "$METAMOE_USER" --volume "$folder/federation:/federation:ro" \
+    metamoe-fl-server:0.1.0 metamoe audit reconcile /federation
 echo "fine: $folder/federation/runs/first"

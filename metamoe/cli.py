@@ -24,6 +24,7 @@ from metamoe.cli_client import client
 from metamoe.cli_data import data
 from metamoe.cli_deploy import deploy
 from metamoe.cli_export import export, push
+from metamoe.cli_gateway import gateway
 from metamoe.cli_model import evaluate, predict
 from metamoe.cli_serve import route, serve
 from metamoe.cli_simulate import embed, resume, simulate, status, track
@@ -153,6 +154,7 @@ for command in (
     route,
     export,
     push,
+    gateway,
     presets,
     settings,
 ):

@@ -10,9 +10,11 @@ from pydantic import BaseModel
 
 from metamoe.audit.ledgers import ledgers_at, write_bundle
 from metamoe.audit.report import MEANING, write_pages
-from metamoe.audit.verification import checked_at
+from metamoe.audit.verification import checked_at, checked_gateways
 from metamoe.audit.verification import verify as verified
 from metamoe.cli_attacks import attack, canary
+from metamoe.cli_erase import erase
+from metamoe.cli_follow import watch
 from metamoe.common.audit.entries import Arrival, Head, Intent, Line, json_schema
 from metamoe.common.audit.policy import DEFAULT, Policy, epsilon_of, kind_of_array, load_policy, policy_text
 from metamoe.common.audit.reconcile import reconcile_all, unclaimed
@@ -139,7 +141,7 @@ def reconcile_(
             raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
         if not found.clients:
             raise InputFileError(f"{place} holds no client's ledger; give the folder of one, and this one with --server")
-        clients = checked_at(found)[0]
+        clients = [*checked_at(found)[0], *checked_gateways(found)]
         arrived = checked_at(other)[1]
     findings = [finding for ledger in (*clients, *arrived) for finding in ledger.findings]
     findings += reconcile_all(clients, arrived)
@@ -236,6 +238,8 @@ def report(
 
 audit.command()(canary)
 audit.command()(attack)
+audit.command()(erase)
+audit.command()(watch)
 
 
 class Described(StrEnum):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from metamoe.common.bundle import CLIENT_APP
 from metamoe.common.config import Settings
 from metamoe.deploy import flower
 from metamoe.simulations.prepare import Placement
@@ -11,7 +12,7 @@ from metamoe.simulations.prepare import Placement
 _CONNECTION = "simulation"
 
 
-def run_flower(settings: Settings, out: Path, client_app: str = flower.CLIENT_APP, placement: Placement | None = None) -> None:
+def run_flower(settings: Settings, out: Path, client_app: str = CLIENT_APP, placement: Placement | None = None) -> None:
     """Run the federation on Ray through Flower; logs and Flower's own files go to ``out/flower``.
 
     The server reads its settings from ``out/settings.toml``, which must be there.

@@ -97,22 +97,22 @@ def check_run(run, lines, key, server, policies):
         yield rules.VIOLATION, "was opened for a server that the policy does not allow"
     yield from check_seals(run, entries, key)
     yield from check_receipts(run, by_type, key, server or first["server"])
+    if {erasure["root"] for erasure in by_type["erasure"]} - {records["root"] for records in by_type["records"]}:
+        yield rules.TAMPERED, "erases a record from a list that the run has not"
     if policy:
         yield from rules.check_policy(policy, by_type["intent"])
 
 
 def check_seals(run, entries, key):
-    sealed = False
     for position, (entry, _) in enumerate(entries):
         if entry["type"] == "seal":
-            sealed = True
             root = merkle_root([raw for _, raw in entries[:position]]).hex()
             if (entry["count"], entry["root"]) != (position, root):
                 yield rules.TAMPERED, "has a seal that does not fit the lines before it"
             statement = {"count": entry["count"], "root": entry["root"], "run": run, "what": "seal"}
             if not signed(key, entry["signature"], statement):
                 yield rules.TAMPERED, "has a seal that the keeper of this ledger did not sign"
-    if not sealed:
+    if not any(entry["type"] == "seal" for entry, _ in entries):
         yield rules.INCOMPLETE, "is not sealed: it is still going on, or did not come to its end"
 
 
@@ -209,6 +209,8 @@ def told(entries):
         for entry in of_run:
             if entry["type"] in ("refusal", "failure"):
                 yield f"  {entry['stage']}: nothing but the error code {entry['code']}"
+            elif entry["type"] == "erasure":
+                yield f"  a record was erased, {entry['leaf'][:8]}, from the list {entry['root'][:8]}"
             elif entry["type"] == "resent":
                 yield f"  {entry['stage']}: sent again, to the byte"
             elif entry["type"] == "arrival":

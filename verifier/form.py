@@ -60,6 +60,8 @@ ENTRIES = {
         **{"run": IDENTIFIER, "role": text("client|server"), "key": DIGEST, "server": DIGEST, "settings": DIGEST},
         **{"seed_model": DIGEST, "public_set": DIGEST, "code": DIGEST, "policy": either(DIGEST, NONE)},
     },
+    "records": {"run": IDENTIFIER, "stage": STAGE, "root": DIGEST},
+    "erasure": {"run": IDENTIFIER, "root": DIGEST, "leaf": DIGEST},
     "intent": {**MESSAGE, "stage": STAGE, "arrays": each(ARRAY), "spent": each(SPENT)},
     "resent": {**MESSAGE, "stage": STAGE, "first": IDENTIFIER},
     "refusal": {**MESSAGE, "stage": STAGE, "code": whole()},

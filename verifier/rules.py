@@ -14,7 +14,7 @@ WORDS = {
     "client": "the client's number; nothing about the data",
     "seed-routing-vector": "a mean over all private training samples: what they are, to some degree the mix of their classes",
     "seed-ffn-inputs": "means over all private training samples, one for each layer looked at; as the routing vector",
-    "seed-shape": "the covariance over all private training samples: what differs together; more of the mix, and of far ones",
+    "seed-shape": "how the private training samples scatter about their mean",
     "relevance-classifier": "a classifier fitted to single private samples; more than a mean",
     "routing-vectors": "means in the trained expert; with a guess of the amount of data, the private mean",
     "expert": "matrices trained on the private samples: what they are, and to some degree whether a given one was among them",

@@ -1,8 +1,9 @@
 """The lines of a ledger: what each may say, and the one way to write it.
 
-A client's ledger has ``open``, ``intent``, ``resent``, ``refusal``, ``receipt`` and ``seal``; a server's ``open``, ``arrival``,
-``failure`` and ``seal``. Nothing in them depends on a private sample but the hashes of what was sent. Times are to the minute:
-finer ones would tell how long a client computed, and so how much data it has.
+A client's ledger has ``open``, ``records``, ``intent``, ``resent``, ``refusal``, ``receipt``, ``seal`` and ``erasure``; a
+server's ``open``, ``arrival``, ``failure`` and ``seal``. Nothing in them depends on a private sample but the hashes of what was
+sent, and hashes of records under a key that the client keeps. Times are to the minute: finer ones would tell how long a client
+computed, and so how much data it has.
 """
 
 import hashlib
@@ -60,6 +61,26 @@ class Open(_Line):
     public_set: Digest
     code: Digest = Field(description="of the installed product's own source files")
     policy: Digest | None = Field(description="of the client's policy file; none at the server")
+
+
+class Records(_Line):
+    """The records of which the next reply of this stage is computed: the Merkle root over their sorted leaves, each a hash
+    under a key. Key and leaves never leave the client.
+    """
+
+    type: Literal["records"] = "records"
+    run: Identifier
+    stage: Stage
+    root: Digest
+
+
+class Erasure(_Line):
+    """A record that took part in this run was erased where the client keeps anything of it."""
+
+    type: Literal["erasure"] = "erasure"
+    run: Identifier
+    root: Digest = Field(description="of the list that the record is in")
+    leaf: Digest = Field(description="of the record, under the client's key")
 
 
 class Intent(_Line):
@@ -137,7 +158,7 @@ class Seal(_Line):
 
 
 Entry = Annotated[
-    Open | Intent | Resent | Refusal | Receipt | Arrival | Failure | Seal,
+    Open | Records | Erasure | Intent | Resent | Refusal | Receipt | Arrival | Failure | Seal,
     Field(discriminator="type"),
 ]
 

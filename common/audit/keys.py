@@ -10,6 +10,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from metamoe.common.errors import InputFileError
 
 _SECRET, _PUBLIC = "audit.key", "audit.pub"
+CLIENT_KEY = "client.pub"
+"""Beside a gateway's ledger: the public key of the ledger that the client's own app keeps, as its first reply named it."""
 
 
 def audit_key(folder: Path) -> Ed25519PrivateKey:

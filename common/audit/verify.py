@@ -15,11 +15,13 @@ from metamoe.common.audit.entries import (
     FIRST,
     Arrival,
     Entry,
+    Erasure,
     Head,
     Intent,
     Line,
     Open,
     Receipt,
+    Records,
     Resent,
     Seal,
     canonical,
@@ -64,7 +66,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from."""
+    """A ledger that was read: its lines as far as they are lines, what is wrong with them, and where the keys come from; of a
+    gateway's also the key of the client's own ledger, under which the server knows the client.
+    """
 
     name: str
     key: str
@@ -72,6 +76,7 @@ class Checked:
     policies: dict[str, Policy] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    sender: str = ""
 
     @property
     def entries(self) -> list[Entry]:
@@ -205,6 +210,8 @@ def _check_run(checked: Checked, run: str, server: str | None) -> Iterator[Findi
         yield Finding(Verdict.VIOLATION, where, "was opened for a server that the policy does not allow")
     yield from _check_seals(checked, run, where, of_run)
     yield from _check_receipts(checked, run, where, server or first.server)
+    if {erasure.root for erasure in checked.of(Erasure, run)} - {records.root for records in checked.of(Records, run)}:
+        yield Finding(Verdict.TAMPERED, where, "erases a record from a list that the run has not")
     if policy:
         yield from _check_policy(policy, where, checked.of(Intent, run))
 

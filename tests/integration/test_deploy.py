@@ -25,7 +25,7 @@ from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError
-from metamoe.common.files import cache_folder, write_atomically
+from metamoe.common.files import cache_folder, read_json, write_atomically
 from metamoe.common.model.artifact import load_model
 from metamoe.common.presets import changed, load_settings, to_toml, validated
 from metamoe.deploy import flower
@@ -90,10 +90,16 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
         client = check_ledger(federation / "clients" / f"client-{number}" / "state" / "audit" / f"client-{number}")
         assert client.findings == []
         assert reconcile(client, server) == []
+        # The owner's gateway saw the same leave, array by array.
+        gateway = check_ledger(federation / "clients" / f"client-{number}" / "gateway" / "audit")
+        assert gateway.findings == []
+        sent = [(entry.stage, entry.message, entry.arrays) for entry in client.of(Intent)]
+        assert [(entry.stage, entry.message, entry.arrays) for entry in gateway.of(Intent)] == sent
         assert list(client.policies.values()) == [load_policy(federation / "clients" / f"client-{number}" / "policy.toml")]
     # In its own place, and with a key that is not in the federation's folder, a run finds what belongs to it.
     assert verify(tmp_path / "deployed").fine
-    assert [ledger.name for ledger in verify(federation).ledgers] == ["client-0", "client-1", "client-2"]
+    names = ["client-0", "client-1", "client-2"]
+    assert [ledger.name for ledger in verify(federation).ledgers] == [*names, *(f"gateway of {name}" for name in names)]
     run_local(small, tmp_path / "local")
     assert (tmp_path / "deployed" / "proxies.json").read_bytes() == (tmp_path / "local" / "proxies.json").read_bytes()
     models = [load_model(tmp_path / name / "model").model for name in ("deployed", "local")]
@@ -120,6 +126,12 @@ def test_separate_processes_give_the_simulation_s_model(federation: Path, small:
 def pids(federation: Path, party: str) -> list[int]:
     processes = Running.model_validate_json((federation / "running.json").read_text()).processes[party]
     return [process.pid for process in processes]
+
+
+def stop(federation: Path, party: str) -> None:
+    """End a party's processes so that its SuperNode says goodbye, through its gateway."""
+    for pid in pids(federation, party)[::-1]:
+        flower.stop([pid])
 
 
 def kill(federation: Path, party: str) -> None:
@@ -164,7 +176,7 @@ def test_a_run_waits_for_a_client_that_dropped_out(federation: Path, small: Sett
     run = start(federation, settings, out)
     wait_until(lambda: (out / "proxies.json").is_file())
     # It says goodbye, so that Flower takes it for gone at once.
-    flower.stop(pids(federation, "client-2"))
+    stop(federation, "client-2")
     assert [party.name for party in status(federation) if not party.online] == ["client-2"]
     up(federation, lambda _: None)
     shown, _ = run.communicate(timeout=400)
@@ -176,13 +188,13 @@ def test_a_run_waits_for_a_client_that_dropped_out(federation: Path, small: Sett
 @contextmanager
 def started_with(federation: Path, party: str, variables: dict[str, str]) -> Iterator[None]:
     """A party that runs with other environment variables for a while."""
-    flower.stop(pids(federation, party))
+    stop(federation, party)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
         up(federation, lambda _: None)
     yield
-    flower.stop(pids(federation, party))
+    stop(federation, party)
     up(federation, lambda _: None)
 
 
@@ -207,10 +219,10 @@ def test_a_client_with_another_version_or_other_public_data_is_refused_by_name(
     assert "client-1 could not answer 'profile': VersionMismatchError: Client and server run different versions" in shown
     assert "client-2 could not answer 'profile': PublicDataMismatchError: Client and server hold different public sets" in shown
     assert load_model(tmp_path / "alone" / "model").manifest.experts == ["digits"]
-    logs = [(federation / "clients" / name / "state" / f"{name}.log").read_text() for name in ("client-1", "client-2")]
-    assert "MetaMoE-FL '0.1.0'" in logs[0]
-    assert "this client '9.9.9'" in logs[0]
-    assert "the server's public set is" in logs[1]
+    # Another version gets no further than the gateway, which is of that version too.
+    assert "of MetaMoE-FL '0.1.0', this gateway is '9.9.9'" in (federation / "clients" / "client-1" / "gateway.log").read_text()
+    log = federation / "clients" / "client-2" / "state" / "client-2.log"
+    assert "the server's public set is" in log.read_text()
 
 
 def refused(federation: Path, *options: str) -> str:
@@ -328,7 +340,10 @@ def test_the_bytes_on_the_wire_are_those_of_the_ledger_and_framing(tmp_path: Pat
     finally:
         down(folder)
         counter.listener.close()
-    ledger = check_ledger(folder / "clients" / "client-0" / "state" / "audit" / "client-0")
+    own = folder / "clients" / "client-0"
+    # To the byte: what the client's gateway counted, and what went over the wire.
+    assert read_json(own / "gateway" / "traffic.json") == {"sent": counter.up, "received": counter.down}
+    ledger = check_ledger(own / "state" / "audit" / "client-0")
     assert ledger.findings == []
     arrays = [sum(array.bytes for intent in ledger.of(Intent, run) for array in intent.arrays) for run in ledger.runs]
     assert arrays == [206_472, 820_872]

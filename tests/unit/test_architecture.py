@@ -15,7 +15,9 @@ BELOW = {
     "metamoe": {"audit", "client", "common", "deploy", "server", "simulations"},
 }
 """The rooms, and what each may import beside itself."""
-FLOWER = {"client/app.py", "client/egress.py", "common/wire.py", "server/app.py", "server/strategy.py"}
+FLOWER = {
+    *("client/app.py", "client/egress.py", "common/bundle.py", "common/wire.py", "server/app.py", "server/strategy.py"),
+}
 NUMPY_ONLY = {"common/fisher.py", "server/dpp.py", "server/relevance.py"}
 
 
@@ -56,6 +58,14 @@ def test_models_know_no_data() -> None:
             assert not any(name.startswith(("metamoe.common.data", "datasets")) for name in names), f"{file} imports data"
 
 
+def test_the_owner_s_gateway_needs_no_client_s_code() -> None:
+    for file, names in modules().items():
+        if file.startswith("audit/gateway/"):
+            assert not any(name.startswith(("metamoe.client", "metamoe.server")) for name in names), (
+                f"{file} imports the other side"
+            )
+
+
 def test_rooms_are_imported_under_metamoe_alone() -> None:
     files = [file for top in (*BELOW, "tests", "benchmarks") for file in (ROOT / top).rglob("*.py")]
     assert files
@@ -79,7 +89,7 @@ def test_every_package_is_installed() -> None:
 def test_flower_is_at_the_edges_only() -> None:
     for file, names in modules().items():
         if any(name.split(".")[0] == "flwr" for name in names):
-            assert file in FLOWER or file.startswith("simulations/"), f"{file} imports flwr"
+            assert file in FLOWER or file.startswith(("simulations/", "audit/gateway/")), f"{file} imports flwr"
 
 
 def test_ray_is_in_simulations_only() -> None:

@@ -42,7 +42,7 @@ def test_what_was_computed_leaves_though_the_process_ended_before_its_ledger_kne
     append = Ledger.append
 
     def die(ledger: Ledger, *entries: Entry) -> None:
-        if isinstance(entries[0], Intent):
+        if isinstance(entries[-1], Intent):
             raise KeyboardInterrupt
         append(ledger, *entries)
 

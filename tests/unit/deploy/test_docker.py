@@ -67,9 +67,9 @@ def test_each_client_has_its_own_keys_data_and_networks_and_its_app_has_no_way_o
     assert [name for name, service in services.items() if "outside" in service["networks"]] == ["superlink"]
     assert [name for name, service in services.items() if service.get("ports")] == ["superlink"]
     for number in range(3):
-        node, app = services[f"supernode-{number}"], services[f"clientapp-{number}"]
+        gateway, node, app = (services[f"{name}-{number}"] for name in ("gateway", "supernode", "clientapp"))
         own = f"/federation-folder/clients/client-{number}/"
-        assert {source.startswith(own) for source, _ in (mounts(node) | mounts(app)).values()} == {True}
+        assert {source.startswith(own) for one in (gateway, node, app) for source, _ in mounts(one).values()} == {True}
         assert {target for target, (_, read_only) in mounts(app).items() if not read_only} == {"/state"}
         assert not [target for target, (_, read_only) in mounts(node).items() if not read_only]
         assert mounts(app)["/data"] == (own + "data", True)
@@ -79,21 +79,31 @@ def test_each_client_has_its_own_keys_data_and_networks_and_its_app_has_no_way_o
         peers = [name for name, service in services.items() if set(service["networks"]) & set(app["networks"])]
         assert sorted(peers) == [f"clientapp-{number}", f"supernode-{number}"]
         peers = [name for name, service in services.items() if set(service["networks"]) & set(node["networks"])]
-        assert sorted(peers) == [f"clientapp-{number}", "superlink", f"supernode-{number}"]
+        assert sorted(peers) == [f"clientapp-{number}", f"gateway-{number}", f"supernode-{number}"]
+        # The client's only way out.
+        peers = [name for name, service in services.items() if set(service["networks"]) & set(gateway["networks"])]
+        assert sorted(peers) == [f"gateway-{number}", "superlink", f"supernode-{number}"]
+        assert f"--superlink=gateway-{number}:9095" in node["command"]
+        assert {target for target, (_, read_only) in mounts(gateway).items() if not read_only} == {"/keys/gateway"}
+        assert not {"/data", "/state", "/keys/runtime.key"} & set(mounts(gateway))
     assert not [source for source, _ in mounts(services["superlink"]).values() if source.endswith("node.key")]
     assert not [service for service in services.values() if "ca.key" in json.dumps(service)]
 
 
 def test_a_client_from_elsewhere_is_the_same_client() -> None:
     whole, other = resolved("compose.client.yaml"), resolved("compose.yaml")["services"]
-    node, app = whole["services"]["supernode"], whole["services"]["clientapp"]
+    gateway, node, app = (whole["services"][name] for name in ("gateway", "supernode", "clientapp"))
+    assert gateway["entrypoint"] == other["gateway-0"]["entrypoint"]
     assert node["entrypoint"] == other["supernode-0"]["entrypoint"]
     assert app["entrypoint"] == other["clientapp-0"]["entrypoint"]
-    assert "--superlink=server.example:8000" in node["command"]
+    assert "--superlink=metamoe.server.example:8000" in gateway["command"]
+    assert "--superlink=gateway:9095" in node["command"]
+    assert mounts(gateway).keys() == mounts(other["gateway-0"]).keys()
     assert mounts(node).keys() == mounts(other["supernode-0"]).keys()
     assert mounts(app).keys() == mounts(other["clientapp-0"]).keys()
     (only,) = app["networks"]
     assert whole["networks"][only]["internal"] is True
+    assert [name for name, service in whole["services"].items() if "outside" in service["networks"]] == ["gateway"]
 
 
 def test_the_gpu_is_the_servers() -> None:

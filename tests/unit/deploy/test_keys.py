@@ -44,7 +44,7 @@ def test_keys_are_ecdsa_p384_of_their_own_and_secret_files_are_for_their_owner_a
         publics.add((own / "node.pub").read_bytes())
     assert len(publics) == 2
     secret = [file for file in folder.rglob("*") if file.suffix in (".key", ".secret")]
-    assert len(secret) == 1 + 3 + 2 * 3
+    assert len(secret) == 1 + 3 + 2 * 4
     assert {file.stat().st_mode & 0o777 for file in secret} == {0o600}
     # The authority's key is the operator's alone.
     assert list(folder.rglob("ca.key")) == [folder / "ca" / "ca.key"]

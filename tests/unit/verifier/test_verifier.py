@@ -23,9 +23,11 @@ from metamoe.common.audit.entries import (
     ArrayEntry,
     Arrival,
     Entry,
+    Erasure,
     Intent,
     Open,
     Receipt,
+    Records,
     Refusal,
     Resent,
     Spent,
@@ -46,7 +48,15 @@ FOLDER = Path(__file__).parents[3] / "verifier"
 SERVER = Ed25519PrivateKey.from_private_bytes(bytes(32))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(31) + b"\1")
 LORA = "vision_model.encoder.layers.1.mlp.fc1.lora_A.weight"
-SHAPES = {"client": [], "seed-routing-vector": [8], "seed-ffn-inputs": [2, 8], LORA: [2, 8], "accuracy": [], "audit-key": [32]}
+SHAPES = {
+    "client": [],
+    "seed-routing-vector": [8],
+    "seed-shape": [8],
+    "seed-ffn-inputs": [2, 8],
+    LORA: [2, 8],
+    "accuracy": [],
+    "audit-key": [32],
+}
 SETTINGS = [Settings(), Settings(seed=1), Settings(router={"context": 0.5})]
 POLICIES = [
     DEFAULT,
@@ -119,6 +129,10 @@ def entries_of_run(draw: st.DrawFn, run: str, key: str, honest: bool) -> tuple[l
             covers = sorted(chosen - {"client"})
             spent = [Spent(covers=covers, epsilon=1.0, delta=1e-5, noise_multiplier=noise[0], sampling_rate=1.0, steps=1)]
         stage = draw(st.sampled_from(["profile", "expert", "deliver"]))
+        if draw(st.booleans()):
+            entries.append(Records(run=run, stage=stage, root="7" * 64))
+            if draw(st.booleans()):
+                entries.append(Erasure(run=run, root=("8" if draw(rarely) else "7") * 64, leaf="9" * 64))
         entries.append(Intent(run=run, message=message, stage=stage, arrays=arrays, spent=spent))
         again = message
         if draw(rarely):
