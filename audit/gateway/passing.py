@@ -22,7 +22,7 @@ from metamoe.common.audit.release import (
     planned_spending,
 )
 from metamoe.common.audit.terms import keep_settings
-from metamoe.common.errors import InputFileError, PolicyError, ProtocolError
+from metamoe.common.errors import InputFileError, InvalidSettingError, PolicyError, ProtocolError
 from metamoe.common.files import write_atomically
 from metamoe.common.wire import (
     AUDIT_ARTIFACTS,
@@ -108,11 +108,13 @@ class Passing:
         return anew
 
     def refused(self, kind: Kind, content: RecordDict, code: int) -> None:
-        """Write down that nothing leaves but an error's code.
+        """Write down that nothing leaves but an error's code. Of a run without the client, as in its own ledger, there is nothing.
 
         Raises:
             LedgerError: that cannot be written down.
         """
+        if not self._takes_part(decode_terms(content)):
+            return
         envelope = self._opened(content).envelope
         self._ledger.append(Refusal(run=envelope.run, message=envelope.message, stage=kind, code=code))
 
@@ -130,8 +132,13 @@ class Passing:
         """Whether nothing but the client's number is asked for; which it has, its first profile has said."""
         return kind == "profile" and self._number.is_file() and terms.only_introduces(int(self._number.read_text()))
 
+    def _takes_part(self, terms: Request) -> bool:
+        return not self._number.is_file() or int(self._number.read_text()) in terms.settings.members
+
     def _opened(self, content: RecordDict) -> Request:
         terms = decode_terms(content)
+        if not self._takes_part(terms):
+            raise InvalidSettingError("the run is without this client (setting without), and so nothing of it leaves")
         open_run(self._ledger, self._folder, load_policy(self._policy), terms)
         return terms
 
