@@ -108,7 +108,7 @@ class Passing:
         return anew
 
     def refused(self, kind: Kind, content: RecordDict, code: int) -> None:
-        """Write down that nothing leaves but an error's code. Of a run without the client, as in its own ledger, there is nothing.
+        """Write down that nothing leaves but an error's code; of a run without the client nothing, as in its own ledger.
 
         Raises:
             LedgerError: that cannot be written down.
