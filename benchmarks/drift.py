@@ -10,7 +10,7 @@ from metamoe.common.config import Data
 from metamoe.common.data import glyphs
 from metamoe.common.data.datasets import load_domain, load_public
 from metamoe.common.data.pixels import batches
-from metamoe.drift import nearness
+from metamoe.drift import nearness, prior_odds
 
 _SAMPLES = 200
 
@@ -27,7 +27,7 @@ def main(model: Path) -> None:
     for name, samples in sets.items():
         far = 0
         for pixels in batches(loaded.seed, samples, 50):
-            foreign, _ = nearness(loaded.model(pixels)[1][0], loaded.manifest.router.seed_log_odds, pixels)
+            foreign, _ = nearness(loaded.model(pixels)[1][0], prior_odds(loaded.manifest.router), pixels)
             far += int((foreign > 0.5).sum())
         typer.echo(f"| {name} | {len(samples)} | {100 * far / len(samples):.1f} |")
 

@@ -2,13 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from metamoe.common.errors import InputFileError
 from metamoe.options import Device, Precise, Precision, console, json_option, notes, put_json
-from metamoe.server.changes import Change
 from metamoe.show import show_table
 
 model = typer.Typer(
@@ -56,7 +55,7 @@ def remove(place: Place, client: Client, out: Out = None, as_json: AsJson = Fals
     """Make the model that a run without this client makes, bit for bit. Nobody computes but the server, and the others receive
     the new model. RUN stays as it is: delete it to delete the expert.
     """
-    _change(place, Change("remove", client), out, f"without-{client}", as_json)
+    _change(place, "remove", client, out, f"without-{client}", as_json)
 
 
 @model.command()
@@ -64,13 +63,13 @@ def add(place: Place, client: Client, out: Out = None, as_json: AsJson = False) 
     """Make the model that a run with one client more makes, bit for bit: one that was removed, was missing or has a free place
     (setting 'without'), or a new domain. It alone is asked for its means and trains its expert.
     """
-    _change(place, Change("add", client), out, f"with-{client}", as_json)
+    _change(place, "add", client, out, f"with-{client}", as_json)
 
 
 @model.command()
 def refresh(place: Place, client: Client, out: Out = None, as_json: AsJson = False) -> None:
     """Ask one client anew, as when its data has changed: its means, its proxies and its expert are new, the others' stay."""
-    _change(place, Change("refresh", client), out, f"refreshed-{client}", as_json)
+    _change(place, "refresh", client, out, f"refreshed-{client}", as_json)
 
 
 @model.command()
@@ -109,12 +108,15 @@ def drift(
         raise typer.Exit(1)
 
 
-def _change(place: Path, change: Change, out: Path | None, suffix: str, as_json: bool) -> None:
-    from metamoe.changes import begin, run_folder
+def _change(
+    place: Path, kind: Literal["remove", "add", "refresh"], client: str, out: Path | None, suffix: str, as_json: bool
+) -> None:
+    from metamoe.changes import begin, overview, run_folder
+    from metamoe.server.changes import Change
 
     old = run_folder(place)
     target = (out or old.with_name(f"{old.name}-{suffix}")).absolute()
-    begun = begin(old, change, target)
+    begun = begin(old, Change(kind, client), target)
     for line in begun.said:
         notes.print(line, markup=False, highlight=False, soft_wrap=True)
     if begun.deployed:
@@ -131,8 +133,6 @@ def _change(place: Path, change: Change, out: Path | None, suffix: str, as_json:
         from metamoe.simulation import resume_simulation
 
         resume_simulation(target, notes)
-    from metamoe.changes import overview
-
     made = overview(target).model
     if as_json:
         put_json({"folder": str(target), "model": made, "asked": begun.asked, "said": begun.said})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metamoe.ask import prompt_ids
-from metamoe.common.config import Data
+from metamoe.common.config import Data, Router
 from metamoe.common.data.decode import read_picture
 from metamoe.common.data.folders import SUFFIXES
 from metamoe.common.data.pixels import pixel_values
@@ -19,6 +19,7 @@ from metamoe.common.data.text import prompts, tokenised
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.model.artifact import Loaded
 from metamoe.common.model.inputs import Inputs, Tokens, masked_mean, prompt_tokens
+from metamoe.server.unify import FISHER_ODDS
 
 _AT_ONCE = 32
 _SHOWN = 10
@@ -56,7 +57,8 @@ def drift_on(loaded: Loaded, path: Path) -> Drift:
 
         log p_0(x) > log((1 / K) sum_k p_k(x)),
 
-    whatever odds routing gives the seed (``router.seed-log-odds``). It is decided where the lowest layer decides, a token at a
+    whatever odds routing gives the seed (``router.seed-log-odds``); where it gives those at which 98 of 100 public samples stay
+    with it (``auto``, with shapes), by these. It is decided where the lowest layer decides, a token at a
     time, and averaged over an image's tokens or those of a prompt.
 
     Args:
@@ -79,7 +81,7 @@ def drift_on(loaded: Loaded, path: Path) -> Drift:
     with loaded.seed.place.computing():
         for names, inputs in _inputs(loaded, path):
             _, decisions = loaded.model(inputs)
-            foreign, nearest = nearness(decisions[0], manifest.router.seed_log_odds, inputs)
+            foreign, nearest = nearness(decisions[0], prior_odds(manifest.router), inputs)
             for name, probability, expert in zip(names, foreign.tolist(), nearest.tolist(), strict=True):
                 count += 1
                 if probability <= 0.5:
@@ -90,6 +92,13 @@ def drift_on(loaded: Loaded, path: Path) -> Drift:
         raise InputFileError(f"{path} holds nothing to look at")
     examples = [(name, probability) for probability, name in heapq.nlargest(_SHOWN, farthest)]
     return Drift(count, near, len(farthest), examples)
+
+
+def prior_odds(router: Router) -> float:
+    """What is taken off the seed's score, so that odds are even."""
+    if router.seed_log_odds != "auto":
+        return router.seed_log_odds
+    return 0.0 if router.statistics == "shape" else FISHER_ODDS
 
 
 def nearness(decision: Tensor, seed_log_odds: float, inputs: Inputs) -> tuple[Tensor, Tensor]:

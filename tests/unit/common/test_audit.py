@@ -163,7 +163,7 @@ def test_what_only_the_client_has_is_found_out(run: Path) -> None:
 def test_another_array_is_found_out(run: Path) -> None:
     def harm(lines: list[dict]) -> list[dict]:
         for line in lines:
-            if line["entry"].get("stage") == "expert":
+            if line["entry"].get("stage") == "expert" and "arrays" in line["entry"]:
                 line["entry"]["arrays"][0]["sha256"] = "0" * 64
         return lines
 

@@ -38,7 +38,7 @@ def test_it_says_what_a_record_took_part_in_and_what_is_left(
     assert run_metamoe("audit", "erase", str(run), "--client", "client-0", "--record", record, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert [(part["stage"], part["sent"]) for part in answer["parts"]][:2] == [
-        ("profile", ["seed-routing-vector", "seed-ffn-inputs"]),
+        ("profile", ["seed-routing-vector", "seed-ffn-inputs", "seed-shape"]),
         ("expert", ["expert"]),
     ]
     assert answer["parts"][0]["members"] == ["digits", "greek", "arrows"]

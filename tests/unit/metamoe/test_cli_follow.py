@@ -32,4 +32,4 @@ def test_a_run_is_followed_to_its_end(
     assert "refresh" not in (pages / "index.html").read_text()
     assert shown.count("client-0, expert: sends expert: ") == 1
     assert shown.count("server, expert: ") == 3
-    assert shown.count("sends client, seed-routing-vector, seed-ffn-inputs, ledger: ") == 3
+    assert shown.count("sends client, seed-routing-vector, seed-ffn-inputs, seed-shape, ledger: ") == 3
