@@ -199,8 +199,11 @@ def shape_attack(
     covariance, mean = shape.covariance(), own.mean(axis=0)
     likelihoods = [multivariate_normal(mean, covariance).logpdf(some) for some in (own, others)]
     directions = np.linalg.eigh(covariance)[1][:, -shape_rank(settings.router.shape_rank, len(covariance)) :]
-    cosines = [np.abs((some - mean) @ directions).max(axis=1) / np.linalg.norm(some - mean, axis=1) for some in (own, others)]
-    return _auc(*likelihoods), *(float(np.median(some)) for some in cosines)
+    own_cosine, others_cosine = (
+        float(np.median(np.abs((some - mean) @ directions).max(axis=1) / np.linalg.norm(some - mean, axis=1)))
+        for some in (own, others)
+    )
+    return _auc(*likelihoods), own_cosine, others_cosine
 
 
 def class_mix(seed: Seed, settings: Settings, private: Dataset, proxies: Dataset) -> tuple[float | None, bool]:
