@@ -162,6 +162,7 @@ def test_shadows_of_an_expert_with_privacy_are_trained_with_privacy(small: Setti
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_is_attacked_and_the_figures_are_kept(small: Settings, tmp_path: Path, run_metamoe) -> None:
     write_atomically(tmp_path / "settings.toml", to_toml(small))
     with pytest.raises(InputFileError, match="not the folder of a finished simulation"):

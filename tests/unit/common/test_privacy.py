@@ -19,6 +19,7 @@ def test_the_noise_of_the_analytic_gaussian_mechanism(epsilon: float, ratio: flo
     assert noise_multiplier(epsilon, 1e-5) == pytest.approx(ratio, abs=0.005)
 
 
+@pytest.mark.slow
 @given(st.floats(0.05, 20), st.floats(1e-9, 1e-2))
 @hypothesis_settings(max_examples=50, deadline=None)
 def test_noise_and_accountant_agree(epsilon: float, delta: float) -> None:

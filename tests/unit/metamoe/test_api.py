@@ -154,6 +154,7 @@ def test_a_run_is_what_its_folder_says(run: metamoe.Run, preset: Path) -> None:
     assert run.model.experts == ["digits", "greek", "arrows", "seed"]
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_same_model(run: metamoe.Run, tmp_path: Path, run_metamoe) -> None:
     out = tmp_path / "out"
     assert run_metamoe("simulate", "--preset", str(run.folder / "settings.toml"), "--out", str(out), "--backend", "local") == 0
@@ -163,6 +164,7 @@ def test_the_command_makes_the_same_model(run: metamoe.Run, tmp_path: Path, run_
     assert other.table().equals(run.table())
 
 
+@pytest.mark.slow
 def test_progress_is_shown_only_if_asked(run: metamoe.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = {"preset": run.folder / "settings.toml", "backend": "local", "settings": {"data.test_samples": 20}}
     quiet = metamoe.simulate(**again, out=tmp_path / "out")
@@ -466,6 +468,7 @@ def test_scripts_simulate_on_ray_and_compare(preset: Path, tmp_path: Path, monke
     assert "RunFailedError a process of the benchmark died" in run("unguarded.py", UNGUARDED)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_to_the_same_model(run: metamoe.Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(run.folder, out)

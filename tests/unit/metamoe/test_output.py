@@ -43,6 +43,7 @@ def image(folder: Path) -> Path:
     return folder / "1.png"
 
 
+@pytest.mark.slow
 def test_a_simulation_prints_its_results_and_messages_go_elsewhere(
     preset: Path, tmp_path: Path, run_metamoe, capsys: pytest.CaptureFixture[str]
 ) -> None:

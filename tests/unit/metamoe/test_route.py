@@ -141,6 +141,7 @@ def test_an_engine_that_is_not_there_is_named(exact: metamoe.Model) -> None:
         assert client.get("/v1/models").json()["data"][0]["id"] == "unified"
 
 
+@pytest.mark.slow
 def test_the_command_stands_before_an_engine(exact: metamoe.Model, engine: str) -> None:
     with served("route", str(exact.folder), "--engine", engine, "--name", "unified") as address:
         answer = httpx.post(f"{address}/completions", json={"model": "unified", "prompt": "fish", "max_tokens": 9}, timeout=120)

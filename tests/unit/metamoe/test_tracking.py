@@ -37,6 +37,7 @@ def loss_of(run: Path) -> float:
     return event.metrics["loss"]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_curves_settings_tables_and_pictures(told: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -51,6 +52,7 @@ def test_tensorboard_has_curves_settings_tables_and_pictures(told: Path) -> None
     assert "| metamoe |" in texts["accuracy/text_summary"]
 
 
+@pytest.mark.slow
 def test_mlflow_has_curves_settings_tables_and_pictures(told: Path) -> None:
     from mlflow import MlflowClient
 
@@ -65,6 +67,7 @@ def test_mlflow_has_curves_settings_tables_and_pictures(told: Path) -> None:
     assert {"accuracy.md", "routing.png", "proxies", "report.html"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
 
 
+@pytest.mark.slow
 def test_wandb_has_them_offline(told: Path) -> None:
     (kept,) = (told / "wandb").glob("offline-run-*/*.wandb")
     content = kept.read_bytes()
@@ -74,6 +77,7 @@ def test_wandb_has_them_offline(told: Path) -> None:
     assert {".png", ".html", ".json"} <= media
 
 
+@pytest.mark.slow
 def test_told_again_it_is_the_same_run_with_the_same_points(told: Path) -> None:
     from mlflow import MlflowClient
 

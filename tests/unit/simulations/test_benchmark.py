@@ -100,6 +100,7 @@ def test_outcomes_are_kept_by_what_decides_them(small: Settings, tmp_path: Path)
     assert training_key(blurred.settings(None, 0)) == training_key(plan.settings(None, 0))
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
     """Small, in this process but for the pool: the numbers fit together, and a second call works out nothing."""
     out = tmp_path / "out"
@@ -155,6 +156,7 @@ def test_a_benchmark_of_every_kind_of_method(preset: Path, tmp_path: Path, run_m
     assert read_results(out).methods == results.methods
 
 
+@pytest.mark.slow
 def test_the_same_part_done_twice_is_the_same(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = next(method for method in main_methods(small) if method.name == REFERENCE)
     found = []
@@ -229,6 +231,7 @@ def test_a_killed_benchmark_goes_on_without_doing_work_twice(preset: Path, tmp_p
     assert list(read_results(out).methods) == ["zero-shot", "btm", "flexolmo", "metamoe"]
 
 
+@pytest.mark.slow
 def test_every_method_is_asked_on_the_servers_device(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's meta device for a GPU: what was left on the CPU would not go with it."""
     monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))

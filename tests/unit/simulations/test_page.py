@@ -46,6 +46,7 @@ def test_a_client_writes_its_curve_on_its_own_disk_alone(watched: tuple[Settings
     assert all("validation-loss" not in event.metrics for event in measured)
 
 
+@pytest.mark.slow
 def test_looking_on_the_way_changes_no_expert(watched: tuple[Settings, Path], tmp_path: Path) -> None:
     settings, out = watched
     run_local(changed(settings, ["expert-training.evaluate-every=0"]), tmp_path)
@@ -89,6 +90,7 @@ def test_a_run_that_has_not_ended_has_no_page(watched: tuple[Settings, Path], tm
     assert "has come to its end" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_early_stopping_gives_another_expert_and_the_same_twice(small: Settings, tmp_path: Path) -> None:
     steep = ["expert-training.epochs=6", "expert-training.learning-rate=1", "expert-training.evaluate-every=1"]
     experts = []

@@ -120,6 +120,7 @@ def test_stopped_while_the_server_works(
     check(tmp_path, small, expected)
 
 
+@pytest.mark.slow
 def test_stopped_at_every_reply_in_turn(small: Settings, tmp_path: Path, expected: str, run_metamoe) -> None:
     """One run, nine times ended: what has arrived is not asked for again, but who each node is."""
     for stage in ("profile", "expert", "deliver"):
@@ -135,6 +136,7 @@ def test_stopped_at_every_reply_in_turn(small: Settings, tmp_path: Path, expecte
         assert epochs.count(0) == 1
 
 
+@pytest.mark.slow
 def test_a_router_whose_training_was_stopped_goes_on(small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = changed(small, ["router-training.epochs=3"])
     run_local(settings, tmp_path / "whole")

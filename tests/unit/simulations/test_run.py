@@ -47,6 +47,7 @@ def preset(small: Settings, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should_and_twice_the_same(small: Settings, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run_local(small, tmp_path / name)
@@ -90,6 +91,7 @@ def test_accuracy_is_reported_if_the_settings_allow_it_and_settings_matter(small
     assert len(load_model(tmp_path / "model").model.routers) == 2
 
 
+@pytest.mark.slow
 def test_more_clients_than_experts_share_them(small: Settings, tmp_path: Path) -> None:
     settings = changed(small, ["experts.max=2"])
     run_local(settings, tmp_path)
@@ -108,6 +110,7 @@ def test_more_clients_than_experts_share_them(small: Settings, tmp_path: Path) -
     assert set(results["routing"]["digits"]) == {*names, "seed"}
 
 
+@pytest.mark.slow
 def test_replies_in_any_order_give_the_same_model(small: Settings, tmp_path: Path) -> None:
     def backwards(kind, requests):
         for node in reversed(requests):
@@ -171,6 +174,7 @@ def dropping(out: Path, failing: dict[str, dict[int, RecordDict | MetaMoEError |
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "failure", "reason"),
     [
@@ -218,6 +222,7 @@ def test_a_model_that_one_client_did_not_take_is_whole(small: Settings, tmp_path
     assert load_model(tmp_path / "model").manifest.experts == ["digits", "greek", "arrows"]
 
 
+@pytest.mark.slow
 def test_below_the_quorum_a_run_ends_and_all_missing_are_named(small: Settings, tmp_path: Path) -> None:
     settings = validated(small.model_dump() | {"quorum": 2})
     failing = {"profile": {0: RunFailedError("gone")}, "expert": {2: RunFailedError("gone too")}}
@@ -239,6 +244,7 @@ def test_below_the_quorum_a_run_ends_and_all_missing_are_named(small: Settings, 
     assert missing == {"name": "greek", "stage": "profile", "reason": "it is not connected"}
 
 
+@pytest.mark.slow
 def test_the_command_from_simulation_to_prediction(preset: Path, tmp_path: Path, run_metamoe, capsys) -> None:
     out = tmp_path / "out"
     assert run_metamoe("simulate", "--preset", str(preset), "--out", str(out), "--backend", "local", "--seed", "3") == 0
