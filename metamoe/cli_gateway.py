@@ -27,7 +27,11 @@ def gateway(
     for file in ("ca.crt", "node.key", "policy.toml", "gateway.crt", "gateway.key"):
         if not (folder / file).is_file():
             raise InputFileError(f"{folder / file} is not there; make a client's folder with: metamoe client keys")
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    # What is refused is said with --quiet too: it is what the owner looks for.
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    refusals = logging.getLogger("metamoe.gateway")
+    refusals.handlers[:], refusals.propagate = [lines], False
     log.info("%s:%d to %s", host, port, superlink)
     from metamoe.audit.gateway.server import serve
 
