@@ -61,6 +61,18 @@ class Gaussians:
         near = np.einsum("nkd,krd->nkr", own, self.factors, optimize=True)
         return 0.5 * (np.square(near).sum(-1) - np.square(own * self.scales).sum(-1)) + self.biases
 
+    def drawn(self, k: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Features of samples as the k-th Gaussian has them. float64 [count, D].
+
+        With V = diag(s_k^-2), the covariance in the coordinates of the scores is V + V H' (I - H V H')^-1 H V.
+        """
+        variances, factors = self.scales[k] ** -2.0, self.factors[k]
+        spread = factors * variances
+        root = np.linalg.cholesky(np.linalg.inv(np.eye(len(factors)) - spread @ factors.T))
+        apart = rng.normal(size=(count, len(variances))) * np.sqrt(variances)
+        apart += rng.normal(size=(count, len(factors))) @ root.T @ spread
+        return self.centre + np.linalg.solve(self.projection, (self.means[k] + apart).T).T
+
 
 def coordinate_rows(count: int) -> np.ndarray:
     """Which of ``count`` public samples both sides make the white coordinates from: the same in every run, so that a shape is a

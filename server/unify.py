@@ -32,6 +32,8 @@ _COVARIANCE_SAMPLES = 4_000
 _FRESH_SCALE = 0.02
 # Of the seed against an expert: where rows are linear, and the share of public samples that stay with it where they are not.
 FISHER_ODDS, _KEPT = -8.0, 0.98
+# Of each client's own Gaussian, the share that the seed may get at most, and how many samples tell it.
+_LOST, _DRAWN = 0.2, 1_000
 # Of the proxies, in means that are weighted by relevance.
 _EFFECTIVE_SHARE = 0.5
 
@@ -100,20 +102,22 @@ def _gaussian_router(
     found = regularised(means, shapes, white, rank, router.shape_pooled, router.shape_identity, router.seed_expert)
     biases = found.biases.copy()
     if router.seed_expert:
-        rows = np.sort(
-            np.random.default_rng(derived_seed(settings.seed, _STAGE, 0)).permutation(len(public))[:_COVARIANCE_SAMPLES]
-        )
-        looked_at = np.asarray(public[rows], dtype=np.float64).reshape(len(rows), -1)
         odds = router.seed_log_odds
-        biases[-1] += odds_that_keep(found.scores(looked_at), _KEPT) if odds == "auto" else odds
+        biases[-1] += _seed_log_odds(settings, found, public) if odds == "auto" else odds
     quadratic = Quadratic(found.centre, found.projection, found.scales, found.factors)
     return RouterWeights(found.means, biases, router.context, quadratic)
 
 
 def _seed_log_odds(settings: Settings, gaussians: Gaussians, public: np.ndarray) -> float:
+    """Those at which 98% of public samples stay with the seed; lower where more than a fifth of what a client has, by its own
+    Gaussian, would then go to the seed: a public set can lie too near to a domain to be told from it.
+    """
     rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
     sample = public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])]
-    return odds_that_keep(gaussians.scores(sample.reshape(len(sample), -1).astype(np.float64)), _KEPT)
+    odds = [odds_that_keep(gaussians.scores(sample.reshape(len(sample), -1).astype(np.float64)), _KEPT)]
+    for k in range(len(gaussians.means) - 1):
+        odds.append(odds_that_keep(gaussians.scores(gaussians.drawn(k, _DRAWN, rng)), _LOST))
+    return min(odds)
 
 
 def odds_that_keep(scores: np.ndarray, kept: float) -> float:
