@@ -276,9 +276,11 @@ def decode_request(kind: Kind, content: RecordDict) -> Request:
 
 
 def encode_reply(arrays: Mapping[str, np.ndarray], audit: Mapping[str, np.ndarray] | None = None) -> RecordDict:
-    """A reply as Flower records, its float32 numbers rounded to :data:`MANTISSA_BITS`."""
-    coarse = {name: _rounded(np.asarray(array)) for name, array in arrays.items()}
-    records = ({ARRAYS: _encode(coarse)} if arrays else {}) | ({AUDIT: _encode(audit)} if audit else {})
+    """A reply as Flower records, its float32 numbers rounded to :data:`MANTISSA_BITS`. Arrays are in the order of names and
+    contiguous, so that the same numbers are the same bytes, whether they were just computed or read again.
+    """
+    coarse = {name: _rounded(np.asarray(array, order="C")) for name, array in sorted(arrays.items())}
+    records = ({ARRAYS: _encode(coarse)} if arrays else {}) | ({AUDIT: _encode(dict(sorted(audit.items())))} if audit else {})
     return RecordDict(dict(records))
 
 

@@ -120,7 +120,8 @@ class Router(Section):
     seed_log_odds: FiniteFloat | Literal["auto"] = Field(
         "auto",
         description="prior log-odds of the seed against an expert; auto: with shapes those at which 98% of public samples stay "
-        "with the seed, else -8, for which domains must lie far from the public samples",
+        "with the seed, or less, so that each client keeps 80% of what its Gaussian draws; else -8, for domains far from the "
+        "public samples",
     )
     temperature: Positive = Field(
         10.0,

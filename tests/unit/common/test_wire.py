@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -221,3 +222,11 @@ def test_a_profile_is_what_the_settings_need_and_no_more(seed: Seed, changes: di
     settings = validated({"lora": {"first-layer": 1}} | changes)
     artifacts = reply_artifacts("profile", settings, seed)
     assert {a.name: a.shape for a in artifacts} == {"client": (), **sent}
+
+
+def test_the_same_numbers_are_the_same_bytes_in_whatever_order_they_come() -> None:
+    """A gateway makes a reply anew, and it must be the one that the client sent, from memory or from its store."""
+    arrays = {"b": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)), "a": np.ones(2, np.float32)}
+    again = {"a": np.ones(2, np.float32), "b": np.arange(6, dtype=np.float16).reshape(2, 3)}
+    one, other = (encode_reply(some, {"y": np.zeros(1, np.uint8), "x": np.ones(1, np.uint8)}) for some in (arrays, again))
+    assert get_all_nested_objects(one).keys() == get_all_nested_objects(other).keys()
