@@ -160,3 +160,17 @@ def test_the_public_set_is_white_in_its_coordinates() -> None:
     white = coordinates(public).white(public)
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(np.cov(white.T), np.eye(WIDTH), atol=0.05)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_gaussian_draws_has_its_mean_and_covariance(rank: int) -> None:
+    white = skewed_coordinates()
+    shapes = [shape_of(random_covariance(WIDTH, k), rank) for k in range(2)]
+    means = np.random.default_rng(1).normal(size=(2, WIDTH))
+    found = regularised(means, shapes, white, WIDTH, 0.5, 0.1, seed=True)
+    drawn = found.drawn(1, 200_000, np.random.default_rng(2))
+    within = np.mean([shape.covariance() for shape in shapes], axis=0)
+    own = 0.9 * (0.5 * shapes[1].covariance() + 0.5 * within) + 0.1 * np.eye(WIDTH)
+    expected = white.factor @ own @ white.factor.T
+    np.testing.assert_allclose(drawn.mean(axis=0), means[1], atol=0.1)
+    assert np.linalg.norm(np.cov(drawn.T) - expected) < 0.02 * np.linalg.norm(expected)
