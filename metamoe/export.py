@@ -48,7 +48,7 @@ def export_adapters(folder: Path, out: Path) -> str:
             (new / name).mkdir()
             for file in (folder / "experts" / name).iterdir():
                 (new / name / file.name).write_bytes(file.read_bytes())
-        write_atomically(new / "start-engine.sh", f"#!/bin/sh\n{command}\n")
+        write_atomically(new / "start-engine.sh", f'#!/bin/sh\nexec {command} "$@"\n')
     return command
 
 
