@@ -1,5 +1,6 @@
 """Every ledger of a run, each checked by itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -57,7 +58,7 @@ def verify(
     own, server = (Path(file) if file is not None else None for file in (key, server_key))
     with ledgers_at(Path(run) if isinstance(run, str | PathLike) else run.folder) as found:
         clients, servers = checked_at(found, own, server)
-        ledgers = [*clients, *checked_gateways(found, server), *servers]
+        ledgers = [*clients, *checked_gateways(found, servers, server), *servers]
     findings = [finding for ledger in ledgers for finding in ledger.findings]
     return Verification(worst(findings), findings, ledgers)
 
@@ -84,8 +85,13 @@ def checked_at(
     return clients, servers
 
 
-def checked_gateways(found: Ledgers, server_key: Path | None = None) -> list[Checked]:
+def checked_gateways(found: Ledgers, servers: Sequence[Checked], server_key: Path | None = None) -> list[Checked]:
     """The ledgers of the clients' gateways, each with the key of the client's own ledger, under which its messages arrive.
+
+    Args:
+        found: where they are.
+        servers: the servers' ledgers of the same place.
+        server_key: public key file of the servers' ledgers; None for that which was found.
 
     Raises:
         InputFileError: one cannot be read, or a key.
@@ -94,13 +100,10 @@ def checked_gateways(found: Ledgers, server_key: Path | None = None) -> list[Che
     for one in found.gateways:
         checked, sender = _checked(found, one, one.key, server_key or one.server), one.folder / CLIENT_KEY
         gateways.append(replace(checked, sender=read_public(sender) if sender.is_file() else ""))
-    if found.of_run:
-        servers = [_checked(found, one, server_key or one.key, None) for one in found.servers]
-        gateways = _in_their_runs(gateways, servers)
-    return gateways
+    return _in_their_runs(gateways, servers) if found.of_run else gateways
 
 
-def _in_their_runs(clients: list[Checked], servers: list[Checked]) -> list[Checked]:
+def _in_their_runs(clients: list[Checked], servers: Sequence[Checked]) -> list[Checked]:
     runs = [run for server in servers for run in server.runs]
     return [client.in_runs(runs) for client in clients if set(runs).intersection(client.runs)]
 

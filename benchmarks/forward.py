@@ -13,10 +13,11 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from metamoe.common import config
 from metamoe.common.compute import threads
+from metamoe.common.gaussian import Coordinates, Shape, regularised
 from metamoe.common.model.inputs import Inputs, encode, prompt_tokens
 from metamoe.common.model.lora import expert_shapes
 from metamoe.common.model.moe import UnifiedModel
-from metamoe.common.model.router import RouterWeights
+from metamoe.common.model.router import Quadratic, RouterWeights
 from metamoe.common.model.seed import Seed
 from metamoe.common.model.vectors import evidence_width
 from metamoe.common.presets import validated
@@ -92,8 +93,8 @@ def _clip() -> tuple[str, Seed, Inputs]:
 
 
 def unified_model(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
-    """A unified model with random experts from layer 1 on, which decides once for a whole sample."""
-    router = {"top-k": top_k, "renormalise": top_k > 1, "context": 1.0, "learn-context": False, "seed-expert": False}
+    """A unified model with random experts from layer 1 on, which decides once for a whole sample, by random Gaussians."""
+    router = {"top-k": top_k, "renormalise": top_k > 1, "seed-expert": False}
     settings = validated({"clients": experts, "experts": {"max": experts}, "router": router, "lora": {"first-layer": 1}})
     generator = torch.Generator().manual_seed(0)
     made = [
@@ -102,8 +103,13 @@ def unified_model(seed: Seed, experts: int, top_k: int) -> UnifiedModel:
     ]
     rng = np.random.default_rng(0)
     width = evidence_width(seed, settings.lora, settings.router)
-    count = len(settings.expert_names)
-    routers = [RouterWeights(rng.normal(size=(count, width)), np.zeros(count), settings.router.context)]
+    # Means so near to each other, and one shape for all, so that samples go to different experts.
+    means, rank = 0.01 * rng.normal(size=(experts, width)), settings.router.shape_rank
+    shapes = [Shape(rng.normal(size=(rank, width)) / rank**0.5, 1.0)] * experts
+    white = Coordinates(np.zeros(width), np.eye(width))
+    found = regularised(means, shapes, white, rank, settings.router.shape_pooled, settings.router.shape_identity, seed=False)
+    quadratic = Quadratic(found.centre, found.projection, found.scales, found.factors)
+    routers = [RouterWeights(found.means, found.biases, settings.router.context, quadratic)]
     model = UnifiedModel(seed, made, config.Lora(first_layer=1), settings.router, routers)
     return model.eval().requires_grad_(False)
 

@@ -55,23 +55,25 @@ class Gaussians:
     factors: np.ndarray
     biases: np.ndarray
 
-    def scores(self, features: np.ndarray) -> np.ndarray:
-        """The log-likelihoods of features [n, D], up to a constant shared by all. float64 [n, K]."""
-        own = ((features - self.centre) @ self.projection.T)[:, None] - self.means
-        near = np.einsum("nkd,krd->nkr", own, self.factors, optimize=True)
-        return 0.5 * (np.square(near).sum(-1) - np.square(own * self.scales).sum(-1)) + self.biases
+    def seen(self, features: np.ndarray) -> np.ndarray:
+        """Features [n, D] in the coordinates y."""
+        return (features - self.centre) @ self.projection.T
+
+    def scores(self, seen: np.ndarray) -> np.ndarray:
+        """The log-likelihoods of y [n, D], up to a constant shared by all. float64 [n, K]."""
+        apart = (seen - mean for mean in self.means)
+        terms = zip(apart, self.scales, self.factors, self.biases, strict=True)
+        return np.stack([0.5 * (np.square(y @ h.T).sum(1) - np.square(y * s).sum(1)) + b for y, s, h, b in terms], axis=1)
 
     def drawn(self, k: int, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Features of samples as the k-th Gaussian has them. float64 [count, D].
-
-        With V = diag(s_k^-2), the covariance in the coordinates of the scores is V + V H' (I - H V H')^-1 H V.
+        """Samples y as the k-th Gaussian has them: with V = diag(s_k^-2), its covariance is V + V H' (I - H V H')^-1 H V.
+        float64 [count, D].
         """
         variances, factors = self.scales[k] ** -2.0, self.factors[k]
         spread = factors * variances
         root = np.linalg.cholesky(np.linalg.inv(np.eye(len(factors)) - spread @ factors.T))
-        apart = rng.normal(size=(count, len(variances))) * np.sqrt(variances)
-        apart += rng.normal(size=(count, len(factors))) @ root.T @ spread
-        return self.centre + np.linalg.solve(self.projection, (self.means[k] + apart).T).T
+        own = rng.normal(size=(count, len(variances))) * np.sqrt(variances)
+        return self.means[k] + own + rng.normal(size=(count, len(factors))) @ root.T @ spread
 
 
 def coordinate_rows(count: int) -> np.ndarray:

@@ -141,7 +141,8 @@ def reconcile_(
             raise InputFileError(f"{server or place} holds no server's ledger; give one with --server")
         if not found.clients:
             raise InputFileError(f"{place} holds no client's ledger; give the folder of one, and this one with --server")
-        clients = [*checked_at(found)[0], *checked_gateways(found)]
+        clients, servers = checked_at(found)
+        clients += checked_gateways(found, servers)
         arrived = checked_at(other)[1]
     findings = [finding for ledger in (*clients, *arrived) for finding in ledger.findings]
     findings += reconcile_all(clients, arrived)

@@ -42,7 +42,7 @@ def _look(place: Path, folder: Path, shown: dict[str, int], seconds: int) -> str
     try:
         with ledgers_at(place) as found:
             clients, servers = checked_at(found)
-            ledgers = [*clients, *checked_gateways(found), *servers]
+            ledgers = [*clients, *checked_gateways(found, servers), *servers]
             verdict = write_pages(found, folder, 0 if ended else seconds) if clients else None
     except InputFileError:
         # Not yet: a ledger begins with its first run.

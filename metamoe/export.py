@@ -12,10 +12,10 @@ from metamoe.common.compute import ON_CPU
 from metamoe.common.errors import InputFileError, InvalidSettingError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.hub import HUB_FAILURES, hub_error
-from metamoe.common.model.artifact import load_model, read_weights, router_arrays
+from metamoe.common.model.artifact import read_weights, router_arrays, seed_of
 from metamoe.common.model.card import exported_card, merged_card
 from metamoe.common.model.lora import Expert, expert_layers
-from metamoe.common.model.seed import load_seed, seed_at, seed_place, share
+from metamoe.common.model.seed import load_seed, seed_place, share
 from metamoe.common.model.vectors import evidence_paths
 
 SOUP = "soup"
@@ -68,6 +68,7 @@ def export_merged(folder: Path, out: Path, expert: str) -> None:
 
     Raises:
         ModelFileError: a file of the model is missing, added or changed.
+        SeedMismatchError: the seed model here is not the one it was made from.
         InvalidSettingError: there is no such expert.
     """
     manifest, weights = read_weights(folder)
@@ -75,7 +76,7 @@ def export_merged(folder: Path, out: Path, expert: str) -> None:
     by_name[SOUP] = weights.experts
     if expert not in by_name:
         raise InvalidSettingError(f"--expert {expert}: there are {', '.join(by_name)}")
-    seed = seed_at(manifest.seed_model, ON_CPU)
+    seed = seed_of(manifest, ON_CPU)
     model = share(seed.model)
     chosen, scale = by_name[expert], manifest.lora.alpha / manifest.lora.rank
     for name in {matrix.rsplit(".", 2)[0] for matrix in chosen[0]}:
@@ -108,9 +109,8 @@ def export_transformers(folder: Path, out: Path) -> None:
     from metamoe import modeling_metamoe
     from metamoe.modeling_metamoe import MetaMoEConfig, MetaMoEForCausalLM, MetaMoEForImages
 
-    loaded = load_model(folder, ON_CPU)
-    manifest, seed = loaded.manifest, loaded.seed
-    _, weights = read_weights(folder)
+    manifest, weights = read_weights(folder)
+    seed = seed_of(manifest, ON_CPU)
     router, paths = manifest.router, expert_layers(seed, manifest.lora)
     routers: list[dict[str, torch.Tensor]] = [{} for _ in weights.routers]
     for name, array in router_arrays(weights.routers).items():

@@ -114,19 +114,19 @@ def _seed_log_odds(settings: Settings, gaussians: Gaussians, public: np.ndarray)
     """
     rng = np.random.default_rng(derived_seed(settings.seed, _STAGE, 0))
     sample = public[np.sort(rng.permutation(len(public))[:_COVARIANCE_SAMPLES])]
-    odds = [odds_that_keep(gaussians.scores(sample.reshape(len(sample), -1).astype(np.float64)), _KEPT)]
-    for k in range(len(gaussians.means) - 1):
-        odds.append(odds_that_keep(gaussians.scores(gaussians.drawn(k, _DRAWN, rng)), _LOST))
-    return min(odds)
+    seen = gaussians.seen(sample.reshape(len(sample), -1).astype(np.float64))
+    clients = range(len(gaussians.means) - 1)
+    own = [odds_that_keep(gaussians.scores(gaussians.drawn(k, _DRAWN, rng)), _LOST) for k in clients]
+    return min(odds_that_keep(gaussians.scores(seen), _KEPT), *own)
 
 
 def odds_that_keep(scores: np.ndarray, kept: float) -> float:
-    """Prior log-odds of the seed against an expert at which so many public samples go to the seed: the quantile ``kept`` of
+    """Prior log-odds of the seed against an expert at which this share of samples goes to the seed: the quantile ``kept`` of
 
     log sum_k exp s_k(z) - s_0(z).
 
     Args:
-        scores: of public samples, the experts' and, last, the seed's, [n, K + 1].
+        scores: of the samples, the experts' and, last, the seed's, [n, K + 1].
         kept: share of the samples.
     """
     return float(np.quantile(logsumexp(scores[:, :-1], axis=1) - scores[:, -1], kept))

@@ -221,12 +221,21 @@ def load_model(folder: Path, at: Place | None = None) -> Loaded:
         SeedMismatchError: the seed model here is not the one it was made from.
     """
     manifest, weights = read_weights(folder)
-    at = at or place(device_of("auto"), "float32")
-    seed = seed_at(manifest.seed_model, at)
-    if seed.fingerprint != manifest.seed_fingerprint:
-        raise SeedMismatchError(f"{folder} was made from another seed than {manifest.seed_model!r} is here")
+    seed = seed_of(manifest, at or place(device_of("auto"), "float32"))
     model = UnifiedModel(seed, weights.experts, manifest.lora, manifest.router, weights.routers).eval().requires_grad_(False)
     return Loaded(model, seed, manifest)
+
+
+def seed_of(manifest: Manifest, at: Place) -> Seed:
+    """The seed that a model was made from.
+
+    Raises:
+        SeedMismatchError: it is another one here.
+    """
+    seed = seed_at(manifest.seed_model, at)
+    if seed.fingerprint != manifest.seed_fingerprint:
+        raise SeedMismatchError(f"the model was made from another seed than {manifest.seed_model!r} is here")
+    return seed
 
 
 def _format_of(router: config.Router) -> int:

@@ -4,7 +4,7 @@ Each service is a small file here. Nothing of it reaches a federation: a party t
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -77,29 +77,29 @@ class Tracking:
     def show(self, event: Event, own: bool) -> None:
         """Pass on what was measured: the curves of a client under its name, of the server's router under ``router``."""
         by = event.client if own else _NAMES.get(event.stage, event.stage)
-        with self._unless_failed() as asked:
-            for name, value in event.metrics.items() if asked else ():
-                self._tracker.number(f"{by}/{name}", value, event.done, event.time)
+
+        def points(tracker: Tracker) -> None:
+            for name, value in event.metrics.items():
+                tracker.number(f"{by}/{name}", value, event.done, event.time)
+
+        self._tell(points)
 
     def tick(self) -> None:
         """Nothing to do."""
 
     def outcome(self, outcome: Outcome) -> None:
         """Pass on what the run has come to."""
-        with self._unless_failed() as asked:
-            if asked:
-                self._tracker.outcome(outcome)
+        self._tell(lambda tracker: tracker.outcome(outcome))
 
     def close(self) -> None:
         """Everything is on disk, or sent."""
-        with self._unless_failed() as asked:
-            if asked:
-                self._tracker.close()
+        self._tell(lambda tracker: tracker.close())
 
-    @contextmanager
-    def _unless_failed(self) -> Iterator[bool]:
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        if self._failed:
+            return
         try:
-            yield not self._failed
+            what(self._tracker)
         except self._failures as error:
             self._failed = True
             _log.warning("%s is told no more of this run: %s", self.service, error)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import logsumexp
 
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import load_public
 from metamoe.common.data.pixels import batches
 from metamoe.common.fisher import fisher_rows, shrunk_covariance
-from metamoe.common.gaussian import Shape
+from metamoe.common.gaussian import Gaussians, Shape
 from metamoe.common.model.gaussian_router import GaussianRouter
 from metamoe.common.model.lora import with_lora
 from metamoe.common.model.seed import Seed
@@ -68,6 +69,26 @@ def test_by_shapes_the_seed_keeps_98_of_100_public_samples(seed: Seed, small: Se
     stays = found[:, -1] >= found[:, :-1].logsumexp(1)
     # 2% of 300 are six.
     assert int((~stays).sum()) == 6
+
+
+def test_a_public_set_that_is_like_a_domain_takes_no_more_than_a_fifth_of_it(seed: Seed, small: Settings) -> None:
+    """Two clients whose Gaussians are nearly the public one: to keep 98% of the public samples would leave them nothing."""
+    settings = changed(small, ["clients=2", "lora.first-layer=1"])
+    public = public_inputs(2)
+    middle = public.mean(axis=0)
+    alike, experts = Shape(np.eye(32), 0.0), [random_expert(seed, settings, k) for k in range(CLIENTS)]
+    vectors = [middle + 0.1, middle - 0.1]
+    (router,) = initial_routers(seed, settings, public, [None] * 2, [None] * 2, experts, vectors, [alike, alike])
+    assert router.quadratic is not None
+    found = Gaussians(means=router.rows, biases=router.biases, **vars(router.quadratic))
+
+    def lost(seen: np.ndarray) -> float:
+        scores = found.scores(seen)
+        return float((scores[:, -1] > logsumexp(scores[:, :-1], axis=1)).mean())
+
+    own = [lost(found.drawn(k, 4_000, np.random.default_rng(7))) for k in range(CLIENTS)]
+    assert max(own) == pytest.approx(0.2, abs=0.03)
+    assert lost(found.seen(public.reshape(PUBLIC, 32))) < 0.5
 
 
 def test_fisher_rows_are_of_the_evidence_as_a_whole_with_a_prior_on_the_seed(seed: Seed, two: Settings) -> None:
