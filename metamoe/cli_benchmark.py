@@ -10,9 +10,6 @@ import typer
 from metamoe.options import DataDir, Preset, Set, console, json_option, notes, put_json, settings_of
 from metamoe.show import show_table
 
-_SHOWN = slice(-4, -1)
-"""Of a method's columns the average, how much metamoe is better by, and the public samples."""
-
 
 def benchmark(
     preset: Preset = "glyphs",
@@ -54,9 +51,10 @@ def benchmark(
     for records in (results.methods, results.ablations):
         if records:
             # Without the test sets, of which there can be many: they are in the report.
-            name, *columns = method_header(records)
-            rows = [[method, *cells[_SHOWN]] for method, *cells in method_rows(records, results.methods.get(REFERENCE))]
-            show_table(console, [name, *columns[_SHOWN]], rows)
+            header = method_header(records)
+            shown = [header.index(column) for column in ("method", "average", "metamoe is better by", "public, held out")]
+            rows = [[cells[k] for k in shown] for cells in method_rows(records, results.methods.get(REFERENCE))]
+            show_table(console, [header[k] for k in shown], rows)
     console.print(
         f"results: {folder / 'results.json'}\ntables: {folder / 'tables.md'}\nreport: {folder / 'report.html'}", soft_wrap=True
     )

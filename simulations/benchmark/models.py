@@ -19,7 +19,7 @@ from metamoe.common.compute import place_of
 from metamoe.common.config import Settings
 from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public
-from metamoe.common.data.metrics import accuracy
+from metamoe.common.data.metrics import accuracy, answered
 from metamoe.common.events import EventLog
 from metamoe.common.files import cache_folder, replaced_folder, write_json
 from metamoe.common.model.artifact import Loaded, load_model, save_model
@@ -61,6 +61,7 @@ class Outcome:
     """What one method reached with one seed; see :class:`metamoe.simulations.benchmark.tables.Record`."""
 
     domains: dict[str, float]
+    right: dict[str, str]
     public: float
     own_expert_share: float | None
     bytes_up: float
@@ -198,6 +199,7 @@ def _fedavg(seed: Seed, settings: Settings, everywhere: Sequence[str]) -> Model:
 def outcome_of(settings: Settings, model: Model) -> Outcome:
     sets = test_sets(settings.seed_model, place_of(settings.compute, "server"), settings.data)
     domains: dict[str, float] = {}
+    right: dict[str, str] = {}
     seconds = count = 0.0
     # The first batch pays for what is set up once.
     model.scores[sets[0].domain](sets[0].samples.asked(torch.arange(4)))
@@ -206,16 +208,18 @@ def outcome_of(settings: Settings, model: Model) -> Outcome:
         started = time.process_time()
         if model.unified is not None:
             found, routing[test.name] = answers_and_routing(model.unified.model, test.samples)
-            percent = 100.0 * int(found.chosen.eq(test.samples.answers).sum()) / len(found.chosen)
         else:
-            percent = accuracy(model.scores[test.domain], test.samples)
-        domains[test.name] = round(percent, 3)
+            found = answered(model.scores[test.domain], test.samples)
+        hits = found.chosen.eq(test.samples.answers).int().tolist()
+        right[test.name] = "".join(map(str, hits))
+        domains[test.name] = round(100.0 * sum(hits) / len(hits), 3)
         seconds, count = seconds + time.process_time() - started, count + len(test.samples.answers)
     names = model.unified.manifest.expert_names if model.unified is not None else []
     owners = [domains_of(settings, name, model.merged) for name in names]
     own = [own_share(owners, test, routing[test.name]) for test in sets[:-1] if any(test.domain in some for some in owners)]
     return Outcome(
         domains=domains,
+        right=right,
         public=round(accuracy(model.scores[PUBLIC], sets[-1].samples), 3),
         own_expert_share=round(float(np.mean(own)), 4) if own else None,
         bytes_up=model.bytes_up,

@@ -33,6 +33,7 @@ from metamoe.simulations.benchmark.tables import (
     difference,
     mean_and_deviation,
     read_results,
+    samples_text,
 )
 
 REPORT = "report.html"
@@ -157,6 +158,11 @@ def accuracy(results: Results) -> Html:
         f"Accuracy on {results.evaluated_on} data in percent, mean over the seeds.",
         *([] if len(results.seeds) == 1 else ["± is the standard deviation over the seeds, brackets are 95% intervals."]),
         *([] if reference is None else [f"“{REFERENCE} is better by” is paired seed by seed."]),
+        *(
+            ["“On other samples”: its 95% interval by a bootstrap over the test samples, with the same seeds."]
+            if reference is not None and reference.right
+            else []
+        ),
         "Bold: the best in its column of the methods in which no private sample leaves a client"
         + (f" ({ORACLE} aside, as it is told each image's domain)." if ORACLE in results.methods else "."),
     ]
@@ -242,6 +248,8 @@ def method_table(records: Mapping[str, Record], reference: Record | None) -> Htm
             for name, record in records.items()
             if record is not reference and _comparable(record, reference)
         }
+        others = {name: samples_text(record, reference) for name, record in records.items() if record is not reference}
+        columns |= {"on other samples": others} if any(others.values()) else {}
     columns |= {
         test: _accuracies(records, {name: r.domains[test] for name, r in records.items() if test in r.domains}, 1, spread=False)
         for test in tests

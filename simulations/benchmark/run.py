@@ -47,7 +47,7 @@ class Plan:
     def file(self, method: Method, seed: int) -> Path:
         """Where the outcome of one method with one seed is kept: by the hash of what decides it."""
         settings = self.settings(method, seed)
-        made_of = (method.use, method.client, training_key(settings), settings.data.model_dump(mode="json"))
+        made_of = (FORMAT, method.use, method.client, training_key(settings), settings.data.model_dump(mode="json"))
         return self.out / "outcomes" / f"{short_hash(made_of)}.json"
 
 
@@ -176,6 +176,7 @@ def _record(method: Method, outcomes: Sequence[Outcome]) -> Record:
         group=method.group,
         average=[round(float(np.mean(list(outcome.domains.values()))), 3) for outcome in outcomes],
         domains={domain: [outcome.domains[domain] for outcome in outcomes] for domain in outcomes[0].domains},
+        right={test: [outcome.right[test] for outcome in outcomes] for test in outcomes[0].right},
         public=[outcome.public for outcome in outcomes],
         own_expert_share=[outcome.own_expert_share for outcome in outcomes],
         bytes_up=[outcome.bytes_up for outcome in outcomes],

@@ -5,16 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metamoe.common.errors import InputFileError, first_problem
 
 REFERENCE = "metamoe"
 RESULTS = "results.json"
-FORMAT = 2
+FORMAT = 3
+
+_RESAMPLES = 4_000
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bits = Annotated[str, Field(pattern="^[01]+$")]
 
 
 class Strict(BaseModel):
@@ -41,6 +45,7 @@ class Record(Strict):
     group: str = Field("", description="the question that an ablation answers")
     average: list[Percent] = Field(description="mean over the test sets, %")
     domains: dict[str, list[Percent]] = Field(description="accuracy on each test set, %")
+    right: dict[str, list[Bits]] = Field({}, description="for each test set and sample, 1 if it was answered right, else 0")
     public: list[Percent] = Field(description="accuracy on the held-out public samples, %")
     own_expert_share: list[float | None] = Field(description="share of the tokens that reach an expert of their own domain")
     bytes_up: list[Amount] = Field(description="bytes that a client sends, mean over the clients")
@@ -75,8 +80,11 @@ class Results(Strict):
         for name, record in [*self.methods.items(), *self.ablations.items()]:
             lists: list[Sequence[object]] = [record.average, record.public, record.own_expert_share, record.routing]
             lists += [record.bytes_up, record.bytes_down, record.unify_seconds, record.inference_ms, *record.domains.values()]
+            lists += record.right.values()
             if not self.seeds or any(len(values) != len(self.seeds) for values in lists):
                 raise ValueError(f"{name!r} has not one value for each of {len(self.seeds)} seeds")
+            if any(len({len(bits) for bits in seeds}) != 1 for seeds in record.right.values()):
+                raise ValueError(f"{name!r} has not answers to as many samples of a test set with every seed")
             layers = [rows for routing in record.routing if routing for rows in routing.values()]
             shapes = {(len(rows), len(row)) for rows in layers for row in rows}
             if layers and (len(shapes) != 1 or shapes.pop()[1] != len(record.expert_names)):
@@ -123,6 +131,29 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tu
     return mean, mean - half, mean + half
 
 
+def interval_over_samples(values: Record, reference: Record) -> tuple[float, float] | None:
+    """The 95% interval of the mean of ``reference - values`` for other test samples, with the same seeds: percentiles of a
+    bootstrap over the samples of each test set, each with its mean over the seeds. None where single answers were not kept.
+    """
+    if not values.right or {test: len(bits[0]) for test, bits in values.right.items()} != {
+        test: len(bits[0]) for test, bits in reference.right.items()
+    }:
+        return None
+    rng, means = np.random.default_rng(0), []
+    for test, bits in values.right.items():
+        better = _mean_right(reference.right[test]) - _mean_right(bits)
+        # How often each sample is drawn, in place of the draws themselves.
+        times = rng.multinomial(len(better), np.full(len(better), 1 / len(better)), size=_RESAMPLES)
+        means.append(100 * times @ better / len(better))
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean_right(seeds: Sequence[str]) -> np.ndarray:
+    """The share of seeds that answered each sample right, float64 [n]."""
+    return np.mean([np.frombuffer(bits.encode(), np.uint8) - ord("0") for bits in seeds], axis=0)
+
+
 def markdown(results: Results) -> str:
     """The tables as Markdown: the methods, then each group of ablations."""
     reference = results.methods.get(REFERENCE)
@@ -144,7 +175,7 @@ def markdown(results: Results) -> str:
 def method_header(records: Mapping[str, Record]) -> list[str]:
     """The columns of :func:`method_rows`."""
     domains = next(iter(records.values())).domains if records else []
-    return ["method", *domains, "average", "metamoe is better by", "public, held out", "own expert"]
+    return ["method", *domains, "average", "metamoe is better by", "on other samples", "public, held out", "own expert"]
 
 
 def method_rows(records: Mapping[str, Record], reference: Record | None) -> list[list[str]]:
@@ -158,6 +189,7 @@ def method_rows(records: Mapping[str, Record], reference: Record | None) -> list
                 *(f"{mean_and_deviation(values)[0]:.1f}" for values in record.domains.values()),
                 mean_text(record.average, 2),
                 "" if reference is None or record is reference else difference(record.average, reference.average),
+                "" if reference is None or record is reference else samples_text(record, reference),
                 mean_text(record.public, 1),
                 f"{mean_and_deviation(shares)[0]:.3f}" if shares else "",
             ]
@@ -187,6 +219,12 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> str:
     """A paired difference with its interval, as text."""
     mean, low, high = paired_difference(values, reference)
     return f"{mean:+.2f}" if math.isinf(low) else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def samples_text(record: Record, reference: Record) -> str:
+    """The interval of :func:`interval_over_samples` as text; empty without."""
+    found = interval_over_samples(record, reference)
+    return f"[{found[0]:+.2f}, {found[1]:+.2f}]" if found else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
+from pydantic import ValidationError
 
 from metamoe.common.errors import InputFileError
 from metamoe.simulations.benchmark.pictures import (
@@ -33,6 +34,7 @@ from metamoe.simulations.benchmark.tables import (
     Results,
     Sent,
     difference,
+    interval_over_samples,
     mean_and_deviation,
     paired_difference,
 )
@@ -197,6 +199,25 @@ def test_paired_difference_by_hand() -> None:
     assert difference([80], [81.5]) == "+1.50"
     with pytest.raises(ValueError, match="zip"):
         paired_difference([80, 81], [80])
+
+
+def test_interval_over_samples_by_hand() -> None:
+    def answered(**right: list[str]) -> Record:
+        return record([50.0, 50.0], domains=list(right), right=right)
+
+    ours = answered(digits=["1" * 100, "1" * 100], greek=["10" * 200] * 2)
+    # Half of the digits are better by all seeds, nothing of Greek: a mean of 25 with a standard error of 0.5 x 50 / sqrt(100).
+    low, high = interval_over_samples(answered(digits=["01" * 50] * 2, greek=["10" * 200] * 2), ours) or (0, 0)
+    assert (low, high) == pytest.approx((25 - 1.96 * 2.5, 25 + 1.96 * 2.5), abs=0.3)
+    # Samples that only one of two seeds has right count half: the standard error is half as large.
+    low, high = interval_over_samples(answered(digits=["01" * 50, "1" * 100], greek=["10" * 200] * 2), ours) or (0, 0)
+    assert (low, high) == pytest.approx((12.5 - 1.96 * 1.25, 12.5 + 1.96 * 1.25), abs=0.15)
+    assert interval_over_samples(ours, ours) == (0, 0)
+    # Other test sets, or none that were kept.
+    assert interval_over_samples(answered(digits=["1" * 99] * 2, greek=["10" * 200] * 2), ours) is None
+    assert interval_over_samples(record([50.0]), ours) is None
+    with pytest.raises(ValidationError, match="as many samples"):
+        Results.model_validate(results(methods={"metamoe": answered(digits=["1", "11"])}, seeds=[0, 1]).model_dump())
 
 
 def test_interval_of_a_mean_by_hand() -> None:
