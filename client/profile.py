@@ -1,16 +1,27 @@
 """Stage 1 at the client: what it says about its private samples, as the frozen seed sees them."""
 
+import math
+
 import numpy as np
 import torch
 from datasets import Dataset
 
 from metamoe.common.compute import derived_seed
-from metamoe.common.config import Settings
+from metamoe.common.config import Privacy, Settings
 from metamoe.common.data.tasks import features
-from metamoe.common.gaussian import Moments, coordinate_rows, coordinates, oracle_shrunk, packed_shape, shape_of
+from metamoe.common.gaussian import (
+    Coordinates,
+    Moments,
+    coordinate_rows,
+    coordinates,
+    denoised,
+    oracle_shrunk,
+    packed_shape,
+    shape_of,
+)
 from metamoe.common.model.seed import Seed
 from metamoe.common.model.vectors import all_evidence_paths, evidence_of
-from metamoe.common.privacy import private_means, vectors_mechanism
+from metamoe.common.privacy import private_means, private_second_moment, second_moment_deviation, vectors_mechanism
 
 _STAGE = 1
 _PUBLIC_SAMPLES = 2_000
@@ -40,13 +51,15 @@ def profile(
     Returns:
         ``seed-routing-vector`` [d]: mu_p, the mean of the seed's embedding over the private samples; ``seed-ffn-inputs``
         [P, d]: the means of the FFN inputs at which routers look; ``relevance-classifier`` [d + 1], only if the settings ask
-        for it: see :func:`relevance_classifier`; all float32. And ``seed-shape``, float16: see :func:`_shape`.
+        for it: see :func:`relevance_classifier`; all float32. And ``seed-shape``, float16, the covariance of what decisions
+        look at in coordinates in which the public set is white: see :func:`metamoe.common.gaussian.packed_shape`.
     """
-    features = _features(seed, settings, private)
-    if settings.privacy.vectors == "gaussian":
+    features, privacy = _features(seed, settings, private), settings.privacy
+    # Mean and second moment, in units of their sensitivities side by side, are one release of sensitivity sqrt(2).
+    noise = vectors_mechanism(settings).noise_multiplier * math.sqrt(1 + shape) if privacy.vectors == "gaussian" else 0.0
+    if privacy.vectors == "gaussian":
         others = _features(seed, settings, _public_sample(settings, client, public))
-        noise = vectors_mechanism(settings).noise_multiplier
-        means = private_means(features, others, settings.privacy.clip, settings.privacy.min_samples, noise, rng)
+        means = private_means(features, others, privacy.clip, privacy.min_samples, noise, rng)
     else:
         means = features.mean(axis=0)
     arrays = {"seed-routing-vector": means[-1], "seed-ffn-inputs": means[:-1]}
@@ -54,20 +67,33 @@ def profile(
         others = _features(seed, settings, _public_sample(settings, client, public))
         arrays["relevance-classifier"] = relevance_classifier(features[:, -1], others[:, -1])
     sent = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return sent | {"seed-shape": _shape(seed, settings, features, public)} if shape else sent
+    if not shape:
+        return sent
+    white = coordinates(client_evidence(seed, settings, public.select(coordinate_rows(len(public)))))
+    looked_at = _evidence(features, settings)
+    if privacy.vectors == "gaussian":
+        about = white.white(_evidence(means[None], settings))
+        covariance = _noisy_covariance(white.white(looked_at), about[0], privacy, noise, rng)
+    else:
+        covariance = _covariance(looked_at, white)
+    return sent | {"seed-shape": packed_shape(shape_of(covariance, settings.router.shape_rank))}
 
 
-def _shape(seed: Seed, settings: Settings, private: np.ndarray, public: Dataset) -> np.ndarray:
-    """The shape of what decisions look at, as it is sent (:func:`metamoe.common.gaussian.packed_shape`): the covariance over
-    the private samples in white coordinates, shrunk as far as their number asks for, all of it or its principal directions.
-    """
-    rows = coordinate_rows(len(public))
-    white = coordinates(client_evidence(seed, settings, public.select(rows)))
-    looked_at = _evidence(private, settings)
+def _covariance(looked_at: np.ndarray, white: Coordinates) -> np.ndarray:
+    """The covariance over the private samples [N, D] in white coordinates, shrunk as far as their number asks for. [D, D]."""
     moments = Moments(len(white.centre))
     for start in range(0, len(looked_at), _AT_ONCE):
         moments.add(white.white(looked_at[start : start + _AT_ONCE]))
-    return packed_shape(shape_of(oracle_shrunk(moments.covariance(), moments.count), settings.router.shape_rank))
+    return oracle_shrunk(moments.covariance(), moments.count)
+
+
+def _noisy_covariance(
+    white: np.ndarray, mean: np.ndarray, privacy: Privacy, noise: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The same from the released second moment and the released mean [D]: what is done to them spends nothing. [D, D]."""
+    second = private_second_moment(white, privacy.clip, privacy.min_samples, noise, rng)
+    deviation = second_moment_deviation(len(mean), privacy.clip, privacy.min_samples, noise)
+    return denoised(second - np.outer(mean, mean), deviation)
 
 
 def client_evidence(seed: Seed, settings: Settings, data: Dataset) -> np.ndarray:

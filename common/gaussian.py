@@ -8,6 +8,7 @@ import numpy as np
 from metamoe.common.fisher import shrunk_covariance
 
 _SAMPLES = 4_000
+_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Gaussians:
     factors: np.ndarray
     biases: np.ndarray
 
+    def of(self, rows: Sequence[int]) -> "Gaussians":
+        """Some of them, in this order."""
+        own = (part[list(rows)] for part in (self.means, self.scales, self.factors, self.biases))
+        return Gaussians(self.centre, self.projection, *own)
+
     def seen(self, features: np.ndarray) -> np.ndarray:
         """Features [n, D] in the coordinates y."""
         return (features - self.centre) @ self.projection.T
@@ -66,14 +72,41 @@ class Gaussians:
         return np.stack([0.5 * (np.square(y @ h.T).sum(1) - np.square(y * s).sum(1)) + b for y, s, h, b in terms], axis=1)
 
     def drawn(self, k: int, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Samples y as the k-th Gaussian has them: with V = diag(s_k^-2), its covariance is V + V H' (I - H V H')^-1 H V.
-        float64 [count, D].
+        """Samples y as the k-th Gaussian has them. float64 [count, D]."""
+        variances, root, spread = self._spread(k)
+        own = rng.normal(size=(count, len(variances))) * np.sqrt(variances)
+        return self.means[k] + own + rng.normal(size=(count, len(spread))) @ root.T @ spread
+
+    def points(self) -> np.ndarray:
+        """Points [K, K] whose squared distances are those of the Gaussians,
+
+        (mu_i - mu_j)' S^-1 (mu_i - mu_j) + 1/2 tr (S^-1 (S_i - S_j))^2, S = diag(the mean of S_k),
+
+        which is their symmetric Kullback-Leibler divergence to second order where they differ little from S. float64.
         """
+        spreads = [self._spread(k) for k in range(len(self.means))]
+        factors = np.stack([root.T @ spread for _, root, spread in spreads])
+        variances = np.stack([own for own, _, _ in spreads])
+        mean = (variances + np.square(factors).sum(1)).mean(0)
+        factors, variances, means = factors / np.sqrt(mean), variances / mean, self.means / np.sqrt(mean)
+        products = means @ means.T
+        width = len(mean)
+        # Of all covariances a few rows at a time: nothing as large as K of them is in memory.
+        for start in range(0, width, _ROWS):
+            rows = np.arange(start, min(start + _ROWS, width))
+            blocks = factors[:, :, rows].transpose(0, 2, 1) @ factors
+            blocks[:, np.arange(len(rows)), rows] += variances[:, rows]
+            flat = blocks.reshape(len(blocks), -1)
+            products += 0.5 * flat @ flat.T
+        centre = np.eye(len(products)) - 1 / len(products)
+        values, vectors = np.linalg.eigh(centre @ products @ centre)
+        return vectors * np.sqrt(np.maximum(values, 0))
+
+    def _spread(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """V, L and W = H V of the k-th Gaussian's covariance V + V H' (I - H V H')^-1 H V = V + W' L L' W, V = diag(s_k^-2)."""
         variances, factors = self.scales[k] ** -2.0, self.factors[k]
         spread = factors * variances
-        root = np.linalg.cholesky(np.linalg.inv(np.eye(len(factors)) - spread @ factors.T))
-        own = rng.normal(size=(count, len(variances))) * np.sqrt(variances)
-        return self.means[k] + own + rng.normal(size=(count, len(factors))) @ root.T @ spread
+        return variances, np.linalg.cholesky(np.linalg.inv(np.eye(len(factors)) - spread @ factors.T)), spread
 
 
 def coordinate_rows(count: int) -> np.ndarray:
@@ -144,6 +177,23 @@ def oracle_shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
     return (1 - share) * covariance + share * middle * np.eye(width)
 
 
+def denoised(covariance: np.ndarray, deviation: float) -> np.ndarray:
+    """A covariance under symmetric Gaussian noise, by shrinkage of its eigenvalues: about their mean, l becomes
+    sign(l) sqrt(l^2 - 4 D t^2), or zero where noise alone reaches, which is best in Frobenius' norm for large D (Gavish and
+    Donoho, "Optimal shrinkage of singular values", IEEE Trans. Information Theory 2017); and none is below zero.
+
+    Args:
+        covariance: as released, [D, D].
+        deviation: t, the standard deviation of the noise off the diagonal.
+    """
+    width = len(covariance)
+    values, vectors = np.linalg.eigh(covariance)
+    middle = max(float(values.mean()), 0.0)
+    apart = values - middle
+    kept = np.sign(apart) * np.sqrt(np.maximum(np.square(apart) - 4 * width * deviation**2, 0))
+    return (vectors * np.maximum(middle + kept, 0)) @ vectors.T
+
+
 def shape_of(covariance: np.ndarray, rank: int) -> Shape:
     """A covariance [D, D], positive definite, in as many directions as are sent.
 
@@ -156,7 +206,7 @@ def shape_of(covariance: np.ndarray, rank: int) -> Shape:
     if shape_rank(rank, width) == width:
         return Shape(np.linalg.cholesky(covariance).T, 0.0)
     variances, directions = np.linalg.eigh(covariance)
-    rest = float(variances[:-rank].mean())
+    rest = max(float(variances[:-rank].mean()), 0.0)
     kept = np.sqrt(np.maximum(variances[-rank:] - rest, 0))
     return Shape((directions[:, -rank:] * kept).T, rest)
 

@@ -122,3 +122,31 @@ def private_means(
     mean = clipped(solve_triangular(factor, (own - centre).T, lower=True).T, bound).mean(axis=0)
     mean += rng.normal(scale=noise * 2 * bound / minimum, size=mean.shape)
     return (centre + factor @ mean).reshape(shape)
+
+
+def private_second_moment(white: np.ndarray, clip: float, minimum: int, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """The second moment (1/N) sum y y' of private samples in one release of the Gaussian mechanism (Dwork, Talwar, Thakurta and
+    Zhang, "Analyze Gauss", STOC 2014).
+
+    Samples are clipped to B = clip sqrt(D). Replacing, adding or removing one of N >= minimum moves the moment by at most
+    sqrt(2) B^2 / N in Frobenius' norm, in which an entry off the diagonal counts twice: so those get Gaussian noise of standard
+    deviation s / sqrt(2), those on it s, s = noise x sqrt(2) B^2 / minimum.
+
+    Args:
+        white: in coordinates in which the public set is white, [N, D].
+        clip: bound in units of the root mean square of the public features there.
+        minimum: a public lower bound on N.
+        noise: standard deviation in units of the sensitivity.
+        rng: where noise comes from.
+
+    Returns:
+        float64 [D, D], symmetric.
+    """
+    own = clipped(white, clip * math.sqrt(white.shape[1]))
+    free = rng.normal(scale=second_moment_deviation(white.shape[1], clip, minimum, noise), size=(white.shape[1],) * 2)
+    return own.T @ own / len(own) + (free + free.T) / math.sqrt(2)
+
+
+def second_moment_deviation(width: int, clip: float, minimum: int, noise: float) -> float:
+    """The standard deviation of :func:`private_second_moment`'s noise off the diagonal."""
+    return noise * clip**2 * width / minimum

@@ -1,6 +1,6 @@
 """Stage 3 with more clients than the unified model may have experts: the nearest ones share an expert."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from scipy.linalg import solve_triangular
 
 from metamoe.common.config import Settings
 from metamoe.common.fisher import shrunk_covariance
-from metamoe.common.gaussian import Shape, merged_shape, public_coordinates
+from metamoe.common.gaussian import Coordinates, Shape, merged_shape
 from metamoe.common.model.lora import Expert, rounded
 from metamoe.common.model.seed import Seed
-from metamoe.common.model.vectors import evidence_of
-from metamoe.server.experts import ADAPTER, store_expert
+from metamoe.server.experts import ADAPTER, store_expert, stored_vectors
 from metamoe.server.proxies import Selection
+from metamoe.server.shapes import client_gaussians, sent_means, sent_shape
 
 _COVARIANCE_SAMPLES = 4_000
 
@@ -34,25 +34,38 @@ class Contribution:
     shape: Shape | None = None
 
 
-def clusters(vectors: np.ndarray, covariance: np.ndarray | None, count: int) -> list[list[int]]:
-    """Clients in ``count`` groups of near routing vectors (Ward's method, Mahalanobis distance).
+def contribution(
+    name: str, folder: Path, profile: Mapping[str, np.ndarray], selection: Selection, settings: Settings
+) -> Contribution:
+    """What one client contributes, wherever it said it.
 
     Args:
-        vectors: one of each client, [K, D].
-        covariance: S_0 [D, D] of the same feature on public data; None for plain distances.
+        name, folder: the client's, and where its expert is stored.
+        profile: its arrays of stage 1.
+        selection: its proxies.
+        settings: the run's.
+    """
+    if settings.router.vectors == "seed" and settings.router.rows != "fresh":
+        return Contribution(name, folder, sent_means(profile, settings), selection, sent_shape(profile, settings))
+    return Contribution(name, folder, stored_vectors(folder), selection)
+
+
+def clusters(points: np.ndarray, count: int) -> list[list[int]]:
+    """Clients in ``count`` groups that lie near each other (Ward's method).
+
+    Args:
+        points: one of each client, [K, D].
         count: of groups, at most K.
 
     Returns:
         Row numbers, ascending within a group; groups by their first.
     """
     if count == 1:
-        return [list(range(len(vectors)))]
-    if covariance is not None:
-        vectors = solve_triangular(np.linalg.cholesky(covariance), vectors.T, lower=True).T
+        return [list(range(len(points)))]
     # Not before it is needed, which with few clients it is not.
     from sklearn.cluster import AgglomerativeClustering
 
-    labels = AgglomerativeClustering(count).fit_predict(vectors)
+    labels = AgglomerativeClustering(count).fit_predict(points)
     return sorted(np.flatnonzero(labels == label).tolist() for label in range(count))
 
 
@@ -99,7 +112,7 @@ def merged_selection(selections: Sequence[Selection], count: int) -> Selection:
 
 
 def merge(
-    sent: Sequence[Contribution], settings: Settings, seed: Seed, features: np.ndarray
+    sent: Sequence[Contribution], settings: Settings, seed: Seed, features: np.ndarray, white: Coordinates | None
 ) -> tuple[list[Contribution], dict[str, list[str]]]:
     """What clients contributed, as at most ``experts.max`` contributions; merged experts are stored beside the clients'.
 
@@ -107,6 +120,7 @@ def merge(
         sent: the clients'.
         settings, seed: the run's.
         features: the public samples' mean FFN inputs in the seed, and last their embedding, [n, P + 1, d].
+        white: the public set's white coordinates; None where decisions are not by Gaussians.
 
     Returns:
         The contributions, and by their names the clients of those that are merged.
@@ -114,7 +128,8 @@ def merge(
     if len(sent) <= settings.experts.max:
         return list(sent), {}
     parts, merged = [], {}
-    for group in clusters(*_compared(sent, features), settings.experts.max):
+    points = _means(sent, features) if white is None else _gaussians(sent, settings, white)
+    for group in clusters(points, settings.experts.max):
         members = [sent[k] for k in group]
         if len(members) == 1:
             parts += members
@@ -126,32 +141,38 @@ def merge(
         mean = np.mean(vectors, axis=0) if vectors else None
         store_expert(folder, seed, settings.lora, arrays if mean is None else arrays | {"routing-vectors": mean})
         selection = merged_selection([member.selection for member in members], settings.proxies.count)
-        parts.append(Contribution(name, folder, mean, selection, _merged_shape(members, settings, features)))
+        parts.append(Contribution(name, folder, mean, selection, _merged_shape(members, settings, white)))
         merged[name] = [member.name for member in members]
     return parts, merged
 
 
-def _merged_shape(members: Sequence[Contribution], settings: Settings, features: np.ndarray) -> Shape | None:
+def _merged_shape(members: Sequence[Contribution], settings: Settings, white: Coordinates | None) -> Shape | None:
     """The shape of those that have one, together; None if none has."""
     known = [(part.vectors.ravel(), part.shape) for part in members if part.vectors is not None and part.shape is not None]
-    if not known:
+    if white is None or not known:
         return None
     means, shapes = zip(*known, strict=True)
-    white = public_coordinates(evidence_of(features, settings.router))
     return merged_shape(white.white(np.stack(means)), shapes, settings.router.shape_rank)
 
 
-def _compared(sent: Sequence[Contribution], features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """A vector of each contribution, [K, D], and the same feature's covariance on public data, if that is known.
+def _gaussians(sent: Sequence[Contribution], settings: Settings, white: Coordinates) -> np.ndarray:
+    """Points whose distances are those of the contributions' Gaussians, by which the router decides. [K, K]."""
+    means = np.stack([part.vectors.ravel() for part in sent if part.vectors is not None])
+    return client_gaussians(means, [part.shape for part in sent], white, settings.router, seed=False).points()
 
-    Routing vectors, or, where none were sent, the mean of how the seed sees the proxies.
+
+def _means(sent: Sequence[Contribution], features: np.ndarray) -> np.ndarray:
+    """A point of each contribution, [K, D]: its routing vectors or, where none were sent, the mean of how the seed sees the
+    proxies; white by the same feature's covariance on public data, if that is known.
     """
     own = [part.vectors for part in sent if part.vectors is not None]
     if len(own) == len(sent):
         vectors, public = np.stack(own), features[:, :-1]
     else:
         vectors, public = np.stack([features[np.sort(part.selection.ids)].mean(axis=0) for part in sent]), features
+    points = vectors.reshape(len(sent), -1)
     if public.shape[1:] != vectors.shape[1:]:
-        return vectors.reshape(len(sent), -1), None
+        return points
     sample = public[:: -(-len(public) // _COVARIANCE_SAMPLES)]
-    return vectors.reshape(len(sent), -1), shrunk_covariance(sample.reshape(len(sample), -1))
+    factor = np.linalg.cholesky(shrunk_covariance(sample.reshape(len(sample), -1)))
+    return solve_triangular(factor, points.T, lower=True).T

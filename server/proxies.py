@@ -1,6 +1,6 @@
 """Stage 1 at the server: from what a client says about its data to its proxies."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from metamoe.common.config import Proxies, Settings
 from metamoe.common.errors import ProxyCountError
 from metamoe.common.files import read_json, write_json
 from metamoe.common.fisher import shrunk_covariance
+from metamoe.common.gaussian import public_coordinates
+from metamoe.common.model.vectors import evidence_of
 from metamoe.server.dpp import greedy_map
-from metamoe.server.relevance import fisher_discriminants, linear_scores, logistic_link
+from metamoe.server.relevance import density_scores, fisher_discriminants, linear_scores, logistic_link
+from metamoe.server.shapes import client_gaussians, sent_means, sent_shape
 
 _STAGE = 1
 _COVARIANCE_SAMPLES = 50_000
@@ -52,7 +55,7 @@ def select_proxies(
     """Proxies for each client: relevance out of what it sent, the most relevant as pool, a greedy DPP within it.
 
     Args:
-        features: the seed's embeddings of the public set, [n, d].
+        features: the public samples' mean FFN inputs in the seed, and last their embedding, [n, P + 1, d].
         profiles: arrays of stage 1 by the client's number.
         settings: of the run.
         progress: called with clients done and in all.
@@ -64,26 +67,43 @@ def select_proxies(
     check_pool(proxies, len(features))
     if proxies.selection == "random":
         return {client: _random(len(features), proxies.count, settings.seed, client) for client in profiles}
-    clients = list(profiles)
-    if proxies.relevance == "fisher":
-        means = np.stack([profiles[client]["seed-routing-vector"] for client in clients])
-        sample = features[:: -(-len(features) // _COVARIANCE_SAMPLES)]
-        rows, biases = fisher_discriminants(means, features.mean(axis=0, dtype=np.float64), shrunk_covariance(sample))
-    else:
-        classifiers = np.stack([profiles[client]["relevance-classifier"] for client in clients]).astype(np.float64)
-        rows, biases = classifiers[:, :-1], classifiers[:, -1]
+    embeddings, clients = features[:, -1], list(profiles)
+    scores_of = _scores(features, [profiles[client] for client in clients], settings)
     selections = {}
     # Many clients' scores out of one reading of the public set, as long as memory for them is bounded.
     group = max(1, _SCORES // len(features))
     for first in range(0, len(clients), group):
-        part = slice(first, first + group)
-        found = linear_scores(features, rows[part], biases[part])
+        part = range(first, min(first + group, len(clients)))
+        found = scores_of(part)
         # Many small products: a second thread costs more than it saves.
         with threads(1):
-            for client, scores in zip(clients[part], found, strict=True):
-                selections[client] = _selected(features, scores, proxies)
+            for client, scores in zip((clients[k] for k in part), found, strict=True):
+                selections[client] = _selected(embeddings, scores, proxies)
                 progress(len(selections), len(clients))
     return selections
+
+
+def _scores(
+    features: np.ndarray, profiles: Sequence[Mapping[str, np.ndarray]], settings: Settings
+) -> Callable[[Sequence[int]], np.ndarray]:
+    """How the public samples' log-odds [K, n] are found for some of the clients, given by their places among the profiles."""
+    relevance, embeddings = settings.proxies.relevance, features[:, -1]
+    if relevance == "gaussian":
+        evidence = evidence_of(features, settings.router)
+        white = public_coordinates(evidence)
+        means = np.stack([sent_means(profile, settings).ravel() for profile in profiles])
+        shapes = [sent_shape(profile, settings) for profile in profiles]
+        gaussians = client_gaussians(means, shapes, white, settings.router, seed=True)
+        return lambda clients: density_scores(evidence, gaussians.of([*clients, len(profiles)]))
+    if relevance == "fisher":
+        means = np.stack([profile["seed-routing-vector"] for profile in profiles])
+        sample = embeddings[:: -(-len(features) // _COVARIANCE_SAMPLES)]
+        public = embeddings.mean(axis=0, dtype=np.float64)
+        rows, biases = fisher_discriminants(means, public, shrunk_covariance(sample))
+    else:
+        classifiers = np.stack([profile["relevance-classifier"] for profile in profiles]).astype(np.float64)
+        rows, biases = classifiers[:, :-1], classifiers[:, -1]
+    return lambda clients: linear_scores(embeddings, rows[clients], biases[clients])
 
 
 def _selected(features: np.ndarray, scores: np.ndarray, proxies: Proxies) -> Selection:

@@ -5,6 +5,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, softmax
 
 from metamoe.common.fisher import fisher_rows
+from metamoe.common.gaussian import Gaussians
 
 _SHARD = 4_096
 
@@ -44,6 +45,25 @@ def linear_scores(features: np.ndarray, rows: np.ndarray, biases: np.ndarray) ->
         shard = features[start : start + _SHARD].astype(np.float64)
         scores[:, start : start + len(shard)] = rows @ shard.T
     scores += biases[:, None]
+    return scores
+
+
+def density_scores(features: np.ndarray, gaussians: Gaussians) -> np.ndarray:
+    """Log-odds that a sample is a client's rather than public, for a Gaussian each: s_p(x) = log N_p(x) - log N_0(x); the
+    samples are read once, a shard at a time.
+
+    Args:
+        features: what shapes are of, of the public samples, [n, ...], in memory or memory-mapped.
+        gaussians: the clients' and, last, the public one.
+
+    Returns:
+        float64 [K, n].
+    """
+    scores = np.empty((len(gaussians.means) - 1, len(features)))
+    for start in range(0, len(features), _SHARD):
+        shard = features[start : start + _SHARD]
+        found = gaussians.scores(gaussians.seen(shard.reshape(len(shard), -1).astype(np.float64)))
+        scores[:, start : start + len(shard)] = (found[:, :-1] - found[:, -1:]).T
     return scores
 
 

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from metamoe.common.arrays import arrays_hash
 from metamoe.common.audit.entries import settings_hash
@@ -20,14 +18,14 @@ from metamoe.common.data.datasets import check_domains, known_classes, load_publ
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
 from metamoe.common.files import alone, disk_errors, write_json
-from metamoe.common.gaussian import Shape, unpacked_shape
+from metamoe.common.gaussian import public_coordinates
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
 from metamoe.common.model.seed import seed_at
 from metamoe.common.model.vectors import all_evidence_paths, evidence_of
 from metamoe.server.embedding import public_features
 from metamoe.server.exchange import Ask, Exchange
-from metamoe.server.experts import stored_arrays, stored_expert, stored_vectors
-from metamoe.server.merging import Contribution, merge
+from metamoe.server.experts import stored_arrays, stored_expert
+from metamoe.server.merging import Contribution, contribution, merge
 from metamoe.server.proxies import read_selections, select_proxies, write_selections
 from metamoe.server.state import RunState, clocks
 from metamoe.server.unify import initial_routers, router_samples, unify
@@ -87,7 +85,7 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             chosen = out / "proxies.json"
             if not state.holds("select", chosen):
                 events("select", 0, len(profiles))
-                found = select_proxies(features[:, -1], profiles, settings, partial(events, "select"))
+                found = select_proxies(features, profiles, settings, partial(events, "select"))
                 write_selections(chosen, public_hash, {names[k]: selection for k, selection in found.items()})
                 state.finished("select", chosen)
             selections = read_selections(chosen)
@@ -102,21 +100,16 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
         # 4. The experts become one model, whose router is made of means and shapes, and may learn from the proxies.
         with state.timed("unify"):
             if not state.holds("unify", out / "model" / MANIFEST) or not intact(out / "model"):
+                evidence = evidence_of(features, router)
+                white = public_coordinates(evidence) if settings.by_shape else None
                 sent = [
-                    Contribution(
-                        names[k],
-                        state.expert_folder(names[k]),
-                        _vectors(profiles[k], settings, state.expert_folder(names[k])),
-                        selections[names[k]],
-                        _shape(profiles[k], settings, features),
-                    )
+                    contribution(names[k], state.expert_folder(names[k]), profiles[k], selections[names[k]], settings)
                     for k in exchange.members
                 ]
-                parts, merged = merge(sent, settings, seed, features)
+                parts, merged = merge(sent, settings, seed, features, white)
                 experts = [stored_expert(part.folder)[0] for part in parts]
                 vectors, proxies = [part.vectors for part in parts], [public.select(part.selection.ids) for part in parts]
-                scores = [part.selection.scores for part in parts]
-                shapes, evidence = [part.shape for part in parts], evidence_of(features, router)
+                scores, shapes = [part.selection.scores for part in parts], [part.shape for part in parts]
                 routers = initial_routers(seed, settings, evidence, proxies, scores, experts, vectors, shapes)
                 samples = router_samples(settings, public, proxies)
                 kept = out / "server" / "training"
@@ -150,21 +143,6 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
                 "reported": {name: float(reply["accuracy"]) for name, reply in reported.items() if "accuracy" in reply},
             },
         )
-
-
-def _vectors(profile: Mapping[str, np.ndarray], settings: Settings, expert: Path) -> np.ndarray | None:
-    """A client's routing vectors [P, d], wherever it sent them; None if it sent none."""
-    router = settings.router
-    if router.decide == "embedding" and router.rows != "fresh":
-        return profile["seed-routing-vector"][None]
-    return profile.get("seed-ffn-inputs", stored_vectors(expert))
-
-
-def _shape(profile: Mapping[str, np.ndarray], settings: Settings, features: np.ndarray) -> Shape | None:
-    if "seed-shape" not in profile:
-        return None
-    width = evidence_of(features[0], settings.router).size
-    return unpacked_shape(profile["seed-shape"], settings.router.shape_rank, width)
 
 
 def _key(parts: Sequence[Contribution]) -> str:

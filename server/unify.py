@@ -16,7 +16,7 @@ from metamoe.common.curve import Curve, Progress
 from metamoe.common.data.datasets import label_space
 from metamoe.common.data.tasks import Parts, class_names, features, samples_of
 from metamoe.common.fisher import shrunk_covariance
-from metamoe.common.gaussian import Gaussians, Shape, public_coordinates, regularised, shape_rank
+from metamoe.common.gaussian import Gaussians, Shape, public_coordinates
 from metamoe.common.model.artifact import UnifiedWeights
 from metamoe.common.model.batch import Batch
 from metamoe.common.model.inputs import Tokens
@@ -26,6 +26,7 @@ from metamoe.common.model.router import Quadratic, RouterWeights
 from metamoe.common.model.seed import Seed
 from metamoe.common.model.vectors import all_evidence_paths, evidence_paths, evidence_width, router_rows, routing_vectors
 from metamoe.server.relevance import tempered_weights
+from metamoe.server.shapes import client_gaussians
 
 _STAGE = 3
 _COVARIANCE_SAMPLES = 4_000
@@ -97,9 +98,7 @@ def _gaussian_router(
 ) -> RouterWeights:
     """The one router of decisions by Gaussians; see :func:`metamoe.common.gaussian.regularised`."""
     router, means = settings.router, vectors.reshape(len(vectors), -1)
-    white = public_coordinates(public)
-    rank = shape_rank(router.shape_rank, means.shape[1])
-    found = regularised(means, shapes, white, rank, router.shape_pooled, router.shape_identity, router.seed_expert)
+    found = client_gaussians(means, shapes, public_coordinates(public), router, router.seed_expert)
     biases = found.biases.copy()
     if router.seed_expert:
         odds = router.seed_log_odds

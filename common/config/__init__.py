@@ -136,14 +136,14 @@ class Settings(Section):
                 "samples move by more than any bound on one sample's share; set router.vectors = seed or proxy"
             )
         by_classifier = self.proxies.relevance == "classifier" and self.proxies.selection != "random"
+        if self.proxies.relevance == "gaussian" and self.proxies.selection != "random" and not self.by_shape:
+            raise ValueError(
+                "proxies.relevance = gaussian needs the clients' shapes, which they do not send with these settings; set "
+                "proxies.relevance = fisher, or router.statistics = shape"
+            )
         if self.router.mixing == "answers" and self.data.is_text:
             raise ValueError(
                 f"router.mixing = answers is for images, not for data.source = {self.data.source}; set router.mixing = layers"
-            )
-        if self.privacy.vectors == "gaussian" and self.router.statistics == "shape":
-            raise ValueError(
-                "privacy.vectors = gaussian with router.statistics = shape: the noise covers means, and no covariance; set "
-                "router.statistics = mean"
             )
         if self.privacy.vectors == "gaussian" and by_classifier:
             raise ValueError(

@@ -17,9 +17,10 @@ class Proxies(Section):
     candidates: Literal["pool", "all"] = Field(
         "pool", description="all: the DPP picks out of the whole public set; the pool is then only what relevance sums to"
     )
-    relevance: Literal["fisher", "classifier"] = Field(
+    relevance: Literal["fisher", "gaussian", "classifier"] = Field(
         "fisher",
-        description="fisher: from the client's seed routing vector; classifier: trained and sent by the client (the paper's)",
+        description="fisher: from the client's seed routing vector; gaussian: from its mean and shape, by which the router "
+        "decides too; classifier: trained and sent by the client (the paper's)",
     )
     selection: Literal["dpp", "relevance", "random"] = Field(
         "dpp", description="dpp: relevant and diverse; relevance: the m most relevant; random: any, and no client is asked"
@@ -104,7 +105,7 @@ class Router(Section):
         "auto",
         description="what a client says of its samples: their mean, or also their shape, a covariance in coordinates in which "
         "the public set is white, for scores that are Gaussian log-likelihoods in place of Fisher's linear ones; auto: shape "
-        "where it can be had, with vectors = seed, rows = fisher and privacy.vectors = none",
+        "where it is worth its while, with vectors = seed, rows = fisher and privacy.vectors = none",
     )
     shape_rank: int = Field(
         64, ge=0, description="principal directions of a shape, and one variance for all others; 0 is the whole covariance"

@@ -177,7 +177,11 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "by relevance alone": ("proxies.selection=relevance",),
         "random": ("proxies.selection=random",),
     },
-    "relevance": {"trained classifier": ("proxies.relevance=classifier",)},
+    "relevance": {
+        "trained classifier": ("proxies.relevance=classifier",),
+        "Gaussians": ("proxies.relevance=gaussian",),
+        "Gaussians, by relevance alone": ("proxies.relevance=gaussian", "proxies.selection=relevance"),
+    },
     "sizes": {
         f"m = {count}, n = {pool}": (f"proxies.count={count}", f"proxies.pool={pool}")
         for count in (50, 200, 400)
@@ -250,6 +254,14 @@ _ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "vectors at epsilon 2": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=2"),
         "vectors at epsilon 4": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=4"),
         "vectors at epsilon 8": (*_MEANS, "privacy.vectors=gaussian", "privacy.epsilon=8"),
+        **{
+            f"vectors and shapes at epsilon {e}": (
+                "router.statistics=shape",
+                "privacy.vectors=gaussian",
+                f"privacy.epsilon={e}",
+            )
+            for e in (1, 2, 4, 8)
+        },
     },
     "dp-sgd": {
         "experts at epsilon 8": (*_MEANS, "privacy.vectors=gaussian", "privacy.expert=dp-sgd", "privacy.expert-epsilon=8"),

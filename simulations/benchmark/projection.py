@@ -14,6 +14,7 @@ from metamoe.common.curve import unwatched
 from metamoe.common.data.datasets import load_private, load_public, public_fingerprint
 from metamoe.common.data.tasks import features as features_of
 from metamoe.common.model.seed import seed_at
+from metamoe.common.model.vectors import all_evidence_paths
 from metamoe.server.embedding import public_features
 from metamoe.server.proxies import select_proxies
 
@@ -29,11 +30,12 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
     place = place_of(settings.compute, "server")
     seed, public = seed_at(settings.seed_model, place), load_public(settings.data)
     with threads(settings.compute.server_threads), place.computing():
-        features = public_features(seed, settings.data, [], public, public_fingerprint(settings.data), unwatched)[:, -1]
+        paths = all_evidence_paths(seed, settings.lora, settings.router)
+        features = public_features(seed, settings.data, paths, public, public_fingerprint(settings.data), unwatched)
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
         profiles = {
-            site.client: profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1))
+            site.client: profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1), settings.by_shape)
             for site, data in zip(sites, private, strict=True)
         }
         picked = {name: select_proxies(features, profiles, _selecting(settings, name)) for name in _SELECTIONS}
@@ -42,7 +44,7 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
             rng = np.random.default_rng(client)
             sample = private[client].select(np.sort(rng.permutation(len(private[client]))[:_PRIVATE]))
             own = torch.cat(list(features_of(seed, seed.model, [], settings.data, sample)))[:, -1].numpy()
-            groups = {"private": own} | {how: features[picked[how][client].ids] for how in _SELECTIONS}
+            groups = {"private": own} | {how: features[picked[how][client].ids, -1] for how in _SELECTIONS}
             maps[name] = _tsne(groups)
     return maps
 

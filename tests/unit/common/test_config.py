@@ -94,6 +94,7 @@ def test_a_lambda_that_could_not_learn_is_refused() -> None:
         (["router.vectors=proxy"], False),
         (["router.rows=dot"], False),
         (["privacy.vectors=gaussian"], False),
+        (["privacy.vectors=gaussian", "router.statistics=shape"], True),
         (["router.statistics=mean"], False),
         (["router.statistics=shape"], True),
     ],
@@ -105,8 +106,8 @@ def test_a_shape_is_sent_where_it_can_be_had(overrides: list[str], shape: bool) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["router.statistics=shape", "privacy.vectors=gaussian"], "the noise covers means, and no covariance"),
         (["router.statistics=shape", "router.rows=dot"], "set vectors = seed and rows = fisher"),
+        (["proxies.relevance=gaussian", "router.statistics=mean"], "gaussian needs the clients' shapes"),
         (["quorum=1", "router.top-k=3"], "top-k = 3 is more than the 2 experts of quorum = 1"),
         (["router.decide=per-layer"], "evidence = prefix needs router.decide = once"),
         (["router.decide=per-layer", "router.evidence=layer"], "vectors = seed needs router.decide = once"),

@@ -11,6 +11,7 @@ from metamoe.common.gaussian import (
     Moments,
     Shape,
     coordinates,
+    denoised,
     merged_shape,
     oracle_shrunk,
     packed_shape,
@@ -175,3 +176,62 @@ def test_what_a_gaussian_draws_has_its_mean_and_covariance(rank: int) -> None:
     expected = covariance @ own @ covariance.T
     np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.02)
     assert np.linalg.norm(np.cov(drawn.T) - expected) < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_points_lie_apart_as_the_gaussians_do(rank: int) -> None:
+    white, rng = skewed_coordinates(), np.random.default_rng(5)
+    means = rng.normal(size=(4, WIDTH))
+    shapes = [shape_of(random_covariance(WIDTH, k), rank) for k in range(4)]
+    points = regularised(means, shapes, white, rank or WIDTH, 0.3, 0.2, seed=False).points()
+    own = [0.8 * (0.7 * shape.covariance() + 0.3 * within(shapes)) + 0.2 * np.eye(WIDTH) for shape in shapes]
+    inverse = np.linalg.inv(np.mean(own, axis=0))
+    centres = white.white(means)
+    for i in range(4):
+        for j in range(4):
+            apart, change = centres[i] - centres[j], inverse @ (own[i] - own[j])
+            expected = apart @ inverse @ apart + 0.5 * np.trace(change @ change)
+            assert np.square(points[i] - points[j]).sum() == pytest.approx(expected, abs=1e-8)
+
+
+def test_points_of_gaussians_that_differ_little_are_their_divergence_apart() -> None:
+    """KL(1 | 2) + KL(2 | 1) = 1/2 d' (P_1 + P_2) d + 1/2 tr (P_1 S_2 + P_2 S_1 - 2 I), P = S^-1."""
+    base, step = random_covariance(WIDTH, 0), random_covariance(WIDTH, 1) * 1e-3
+    shapes, means = [shape_of(base, 0), shape_of(base + step, 0)], np.array([np.zeros(WIDTH), np.full(WIDTH, 1e-3)])
+    identity = Coordinates(np.zeros(WIDTH), np.eye(WIDTH))
+    points = regularised(means, shapes, identity, WIDTH, 0.1, 0.0, seed=False).points()
+    own = [0.9 * shape.covariance() + 0.1 * within(shapes) for shape in shapes]
+    one, two = map(np.linalg.inv, own)
+    apart = means[1] - means[0]
+    expected = 0.5 * apart @ (one + two) @ apart
+    expected += 0.5 * (np.trace(one @ own[1]) + np.trace(two @ own[0])) - WIDTH
+    assert np.square(points[0] - points[1]).sum() == pytest.approx(expected, rel=1e-3)
+
+
+def within(shapes: list[Shape]) -> np.ndarray:
+    return np.mean([shape.covariance() for shape in shapes], axis=0)
+
+
+def test_some_of_several_gaussians_score_as_they_do_among_all() -> None:
+    white, x = skewed_coordinates(), np.random.default_rng(2).normal(size=(5, WIDTH))
+    shapes = [shape_of(random_covariance(WIDTH, k), 2) for k in range(3)]
+    found = regularised(np.eye(3, WIDTH), shapes, white, 2, 0.3, 0.2, seed=True)
+    seen = found.seen(x)
+    np.testing.assert_array_equal(found.of([2, 0]).scores(seen), found.scores(seen)[:, [2, 0]])
+
+
+def test_of_noise_alone_nothing_is_left_but_the_mean_variance() -> None:
+    free = np.random.default_rng(0).normal(size=(200, 200)) * 0.1
+    found = denoised(np.eye(200) * 3 + (free + free.T) / np.sqrt(2), 0.1)
+    # Eigenvalues of noise alone reach 2 x 0.1 x sqrt(200), give or take little.
+    assert np.abs(np.linalg.eigvalsh(found) - 3).max() < 0.5
+
+
+def test_what_stands_out_of_the_noise_comes_back_nearer_to_the_truth() -> None:
+    free = np.random.default_rng(1).normal(size=(200, 200)) * 0.1
+    truth = np.eye(200) + 8 * np.outer(np.eye(200)[0], np.eye(200)[0])
+    noisy = truth + (free + free.T) / np.sqrt(2)
+    found = denoised(noisy, 0.1)
+    assert np.linalg.norm(found - truth) < 0.3 * np.linalg.norm(noisy - truth)
+    assert found[0, 0] == pytest.approx(9, abs=0.6)
+    assert np.linalg.eigvalsh(denoised(-truth, 0.1)).min() == 0

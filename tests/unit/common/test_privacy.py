@@ -10,7 +10,16 @@ from scipy.stats import norm
 from metamoe.common.errors import InvalidSettingError
 from metamoe.common.fisher import shrunk_covariance
 from metamoe.common.presets import load_settings
-from metamoe.common.privacy import Mechanism, clipped, expert_mechanism, noise_multiplier, private_means, total_epsilon
+from metamoe.common.privacy import (
+    Mechanism,
+    clipped,
+    expert_mechanism,
+    noise_multiplier,
+    private_means,
+    private_second_moment,
+    second_moment_deviation,
+    total_epsilon,
+)
 from tests.conftest import random_features
 
 
@@ -114,3 +123,44 @@ def test_the_noise_is_as_large_as_promised_and_does_not_depend_on_the_amount_of_
 def test_settings_that_would_promise_what_does_not_hold_are_refused(changes: list[str], reason: str) -> None:
     with pytest.raises(InvalidSettingError, match=reason):
         load_settings("glyphs", changes)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6), st.floats(0.5, 3))
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_one_record_moves_the_second_moment_by_no_more_than_the_bound(number: int, width: int, clip: float) -> None:
+    """Replaced by one as far out as can be, or taken out: |change| <= sqrt(2) B^2 / minimum, which the worst case reaches."""
+    rng = np.random.default_rng(0)
+    samples = random_features(30, width, number) * 10
+    bound = np.sqrt(2) * clip**2 * width / 30
+    exact = private_second_moment(samples, clip, 30, 0.0, rng)
+    other = samples.copy()
+    # At right angles to the first, and far out.
+    other[0] = np.linalg.svd(samples[:1])[2][-1] * 1e6
+    replaced = np.linalg.norm(private_second_moment(other, clip, 30, 0.0, rng) - exact)
+    fewer = np.linalg.norm(private_second_moment(np.concatenate([samples, other[:1]]), clip, 30, 0.0, rng) - exact)
+    assert replaced <= bound * (1 + 1e-9)
+    assert fewer <= bound * (1 + 1e-9)
+    first = np.zeros((30, width))
+    first[0, 0], first[1:, :] = 1e6, 0
+    second = np.roll(first, 1, axis=1)
+    one, two = (private_second_moment(samples, clip, 30, 0.0, rng) for samples in (first, second))
+    assert np.linalg.norm(one - two) == pytest.approx(bound)
+
+
+def test_the_second_moments_noise_is_as_large_as_promised() -> None:
+    """Off the diagonal, where an entry counts twice, s / sqrt(2), and s on it, with s = noise x sqrt(2) B^2 / minimum."""
+    width, promised = 40, 0.7 * np.sqrt(2) * 1.5**2 * 40 / 50
+    samples = random_features(80, width)
+    noise = private_second_moment(samples, 1.5, 50, 0.7, np.random.default_rng(3))
+    noise -= private_second_moment(samples, 1.5, 50, 0.0, np.random.default_rng(3))
+    np.testing.assert_array_equal(noise, noise.T)
+    assert noise[np.triu_indices(width, 1)].std() == pytest.approx(promised / np.sqrt(2), rel=0.06)
+    assert second_moment_deviation(width, 1.5, 50, 0.7) == pytest.approx(promised / np.sqrt(2))
+    many = [private_second_moment(samples, 1.5, 50, 0.7, np.random.default_rng(k)).diagonal() for k in range(200)]
+    assert np.std(many, axis=0).mean() == pytest.approx(promised, rel=0.05)
+
+
+def test_mean_and_second_moment_together_spend_what_one_release_does() -> None:
+    """Each with sqrt(2) times the noise, they are one release by the square law."""
+    noise = noise_multiplier(4, 1e-5) * np.sqrt(2)
+    assert total_epsilon([Mechanism(noise), Mechanism(noise)], 1e-5) == pytest.approx(4, rel=1e-3)

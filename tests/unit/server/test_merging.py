@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
+from metamoe.common.gaussian import Shape, public_coordinates
 from metamoe.common.model.seed import Seed
 from metamoe.common.presets import validated
 from metamoe.server.experts import store_expert, stored_expert
@@ -25,17 +28,10 @@ def stored(folder: Path, seed: Seed, settings: Settings, expert: dict[str, torch
 
 
 def test_clients_are_grouped_by_distance() -> None:
-    vectors = np.array([[0.0, 0.0], [10.0, 0.0], [0.2, 0.1], [10.0, 0.3], [0.0, 50.0]])
-    assert clusters(vectors, None, 3) == [[0, 2], [1, 3], [4]]
-    assert clusters(vectors, None, 1) == [[0, 1, 2, 3, 4]]
-    assert clusters(vectors, None, 5) == [[0], [1], [2], [3], [4]]
-
-
-def test_distances_are_in_units_of_the_public_spread() -> None:
-    # Along the first axis, where public data is 100 times wider, a distance of 10 is less than one of 2 along the second.
-    vectors = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 2.0], [10.0, 2.0]])
-    assert clusters(vectors, None, 2) == [[0, 2], [1, 3]]
-    assert clusters(vectors, np.diag([1e4, 1.0]), 2) == [[0, 1], [2, 3]]
+    points = np.array([[0.0, 0.0], [10.0, 0.0], [0.2, 0.1], [10.0, 0.3], [0.0, 50.0]])
+    assert clusters(points, 3) == [[0, 2], [1, 3], [4]]
+    assert clusters(points, 1) == [[0, 1, 2, 3, 4]]
+    assert clusters(points, 5) == [[0], [1], [2], [3], [4]]
 
 
 def test_a_merged_expert_is_the_mean_where_its_rank_can_hold_it(seed: Seed, settings: Settings, tmp_path: Path) -> None:
@@ -88,7 +84,7 @@ def test_as_many_experts_as_the_settings_allow(seed: Seed, settings: Settings, t
     vectors = [np.full((1, 16), value) for value in (0.0, 9.0, 0.1, 0.2)]
     features = random_features(300, 32).reshape(300, 2, 16)
     sent = contributions(tmp_path, seed, bounded, vectors)
-    parts, merged = merge(sent, bounded, seed, features)
+    parts, merged = merge(sent, bounded, seed, features, None)
     assert merged == {"c-0-and-2-more": ["c-0", "c-2", "c-3"]}
     assert [part.name for part in parts] == ["c-0-and-2-more", "c-1"]
     np.testing.assert_allclose(parts[0].vectors, np.full((1, 16), 0.1))
@@ -98,16 +94,46 @@ def test_as_many_experts_as_the_settings_allow(seed: Seed, settings: Settings, t
     assert {m.dtype for m in expert.values()} == {torch.float16}
 
 
+def test_distances_are_in_units_of_the_public_spread(seed: Seed, settings: Settings, tmp_path: Path) -> None:
+    # Along the first axis, where public data is 100 times wider, a distance of 10 is less than one of 2 along the second.
+    bounded = validated(settings.model_dump() | {"clients": 4, "experts": {"max": 2}, "proxies": {"count": 3, "pool": 10}})
+    vectors = [np.zeros((1, 16)) for _ in range(4)]
+    for k, (first, second) in enumerate([(0, 0), (10, 0), (0, 2), (10, 2)]):
+        vectors[k][0, :2] = first, second
+    sent = contributions(tmp_path, seed, bounded, vectors)
+    _, merged = merge(sent, bounded, seed, random_features(300, 32).reshape(300, 2, 16), None)
+    assert list(merged.values()) == [["c-0", "c-2"], ["c-1", "c-3"]]
+    wide = random_features(300, 32).reshape(300, 2, 16) * np.array([100.0] + [1.0] * 15)
+    for part in sent:
+        shutil.rmtree(part.folder.parent / f"{part.name}-and-1-more", ignore_errors=True)
+    _, merged = merge(sent, bounded, seed, wide, None)
+    assert list(merged.values()) == [["c-0", "c-1"], ["c-2", "c-3"]]
+
+
+def test_by_gaussians_clients_of_one_mean_are_grouped_by_their_shapes(seed: Seed, settings: Settings, tmp_path: Path) -> None:
+    bounded = validated(settings.model_dump() | {"clients": 4, "experts": {"max": 2}, "proxies": {"count": 3, "pool": 10}})
+    public = random_features(300, 32).reshape(300, 2, 16)
+    white = public_coordinates(public[:, :1])
+    # The first and the last scatter along one axis, the others along another.
+    shapes = [Shape(np.eye(16)[[axis]] * size, 0.1) for axis, size in ((0, 2.0), (1, 2.0), (1, 2.2), (0, 2.2))]
+    sent = contributions(tmp_path, seed, bounded, [np.zeros((1, 16)) + 0.01 * k for k in range(4)])
+    sent = [replace(part, shape=shape) for part, shape in zip(sent, shapes, strict=True)]
+    parts, merged = merge(sent, bounded, seed, public, white)
+    assert list(merged.values()) == [["c-0", "c-3"], ["c-1", "c-2"]]
+    # A merged shape scatters as its members do on average.
+    assert parts[0].shape.covariance()[0, 0] == pytest.approx((2.0**2 + 2.2**2) / 2 + 0.1, abs=0.02)
+
+
 def test_nothing_is_merged_where_there_is_room(seed: Seed, settings: Settings, tmp_path: Path) -> None:
     sent = contributions(tmp_path, seed, settings, [None, None, None])
-    assert merge(sent, settings, seed, np.zeros((1, 1, 16))) == (sent, {})
+    assert merge(sent, settings, seed, np.zeros((1, 1, 16)), None) == (sent, {})
 
 
 def test_clients_that_sent_no_vectors_are_compared_by_their_proxies(seed: Seed, settings: Settings, tmp_path: Path) -> None:
     bounded = validated(settings.model_dump() | {"experts": {"max": 2}})
     features = np.zeros((30, 1, 16)) + random_features(30, 16)[:, None] * 1e-3
     features[[1, 11]] += 5
-    parts, merged = merge(contributions(tmp_path, seed, bounded, [None, None, None]), bounded, seed, features)
+    parts, merged = merge(contributions(tmp_path, seed, bounded, [None, None, None]), bounded, seed, features, None)
     assert merged == {"c-0-and-1-more": ["c-0", "c-2"]}
     assert parts[0].vectors is None
 

@@ -94,3 +94,10 @@ def test_the_run_goes_on_with_the_mean_of_a_client_whose_policy_allows_no_shape(
     # In place of its own covariance it has that of the others, which needs no factors.
     assert [bool(factors.any()) for factors in router.quadratic.factors] == [True, False, True, False]
     assert worst(check_ledger(sites[1].audit).findings) is Verdict.FINE
+
+
+def test_proxies_by_gaussians_need_no_mean_of_the_embedding(small: Settings, tmp_path: Path) -> None:
+    run_local(changed(small, ["proxies.relevance=gaussian"]), tmp_path)
+    clients = json.loads((tmp_path / "server" / "summary.json").read_text())["clients"]
+    names = {artifact["name"] for client in clients for artifact in client["artifacts"]}
+    assert {name for name in names if ".lora_" not in name} == {"client", "seed-ffn-inputs", "seed-shape"}
