@@ -18,7 +18,7 @@ from metamoe.common.audit.entries import Records
 from metamoe.common.audit.merkle import merkle_root
 from metamoe.common.config import Settings
 from metamoe.common.errors import StateFileError
-from metamoe.common.files import write_atomically
+from metamoe.common.files import write_atomically, write_secret
 from metamoe.common.wire import Kind
 
 _KEY = "records.key"
@@ -85,10 +85,8 @@ def _list_file(folder: Path, root: str) -> Path:
 
 
 def _make_key(folder: Path) -> None:
-    file = folder / _KEY
-    if not file.exists():
-        write_atomically(file, secrets.token_hex(32) + "\n")
-        file.chmod(0o600)
+    if not (folder / _KEY).exists():
+        write_secret(folder / _KEY, secrets.token_hex(32) + "\n")
 
 
 def records_key(folder: Path) -> bytes:

@@ -42,6 +42,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _sync(path.parent)
 
 
+def write_secret(path: Path, content: str) -> bool:
+    """Make a file that its owner alone can read, whole or not at all; one that is there stays. Whether it was made."""
+    temporary = _beside(path)
+    try:
+        # The mode is set when the file is made: nobody can have read it before.
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -23,6 +23,7 @@ _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15
 _START_SECONDS = 60
 _STOP_SECONDS = 15
+_ROUNDS = 5
 _RUN_ID = "flower-run"
 
 
@@ -175,6 +176,14 @@ def left_running(home: Path) -> list[int]:
             if process.environ().get("FLWR_HOME") == str(home) and process.pid != os.getpid():
                 found.append(process.pid)
     return found
+
+
+def stop_all(home: Path) -> None:
+    """End whatever was started with its Flower files in ``home``, and what that starts while it is ended."""
+    for _ in range(_ROUNDS):
+        if not (left := left_running(home)):
+            return
+        stop(left)
 
 
 def stop(pids: Sequence[int]) -> None:

@@ -104,7 +104,7 @@ def resume_simulation(folder: Path, console: Console | None = None, track: Seque
         raise InputFileError(f"{folder} holds no settings.toml, so there is no run to go on with")
     settings = load_settings(str(folder / "settings.toml"))
     # Of a command that was killed, everything may still run.
-    flower.stop(flower.left_running(folder / "flower"))
+    flower.stop_all(folder / "flower")
     if (folder / "results.json").is_file():
         if console:
             console.print(f"{folder}: the run has come to its end, and nothing is left to do", soft_wrap=True)
@@ -194,7 +194,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 def _clear_folder(folder: Path) -> None:
     # Of a command that was killed, everything may still run.
-    flower.stop(flower.left_running(folder / "flower"))
+    flower.stop_all(folder / "flower")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for entry in folder.iterdir():

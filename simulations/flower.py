@@ -52,4 +52,6 @@ def _superlink(home: Path) -> Iterator[int]:
         flower.wait_for(process, port, log)
         yield port
     finally:
+        # Its own first, in peace; then what of Ray's has lost its parent.
         flower.stop([process.pid])
+        flower.stop_all(home)

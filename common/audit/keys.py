@@ -1,6 +1,5 @@
 """Audit keys: Ed25519, one for each party, made where it is used."""
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -8,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from metamoe.common.errors import InputFileError
+from metamoe.common.files import write_atomically, write_secret
 
 _SECRET, _PUBLIC = "audit.key", "audit.pub"
 CLIENT_KEY = "client.pub"
@@ -22,18 +22,15 @@ def audit_key(folder: Path) -> Ed25519PrivateKey:
     """
     file = folder / _SECRET
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not file.exists():
+        new = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+        write_secret(file, new.hex() + "\n")
     try:
-        # The mode is set when the file is made: nobody can have read it before.
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        try:
-            return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(file.read_text().strip()))
-        except (OSError, ValueError) as error:
-            raise InputFileError(f"{file} is not an audit key of 64 hexadecimal digits: {error}") from error
-    key = Ed25519PrivateKey.generate()
-    with os.fdopen(descriptor, "w") as opened:
-        opened.write(key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex() + "\n")
-    (folder / _PUBLIC).write_text(public_hex(key) + "\n")
+        key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(file.read_text().strip()))
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{file} is not an audit key of 64 hexadecimal digits: {error}") from error
+    if not (folder / _PUBLIC).exists():
+        write_atomically(folder / _PUBLIC, public_hex(key) + "\n")
     return key
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from metamoe.common.audit.merkle import merkle_root
 from metamoe.common.audit.reconcile import reconcile
 from metamoe.common.audit.verify import Checked, Verdict, check_ledger, worst
 from metamoe.common.errors import InputFileError, LedgerError
+from metamoe.common.files import write_secret
 from metamoe.simulations.local import run_local
 from tests.conftest import small_run
 
@@ -63,6 +65,31 @@ def resigned(folder: Path, change: Callable[[list[dict]], list[dict]]) -> None:
     head = {"version": 1, "count": len(lines), "last": last, "signature": key.sign(head_statement(len(lines), last)).hex()}
     (folder / LEDGER).write_bytes(b"".join(line + b"\n" for line in lines))
     (folder / HEAD).write_bytes(canonical(head))
+
+
+def test_a_key_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped as it writes its key leaves none, and the next makes it; audit.pub is made again too."""
+
+    def killed(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            audit_key(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    key = audit_key(tmp_path)
+    assert (tmp_path / "audit.key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "audit.pub").unlink()
+    assert public_hex(audit_key(tmp_path)) == public_hex(key) == read_public(tmp_path / "audit.pub")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_two_that_make_a_secret_one_does(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    assert [write_secret(file, "one"), write_secret(file, "two")] == [True, False]
+    assert file.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_run_leaves_ledgers_that_verify_and_agree(finished: Path) -> None:
