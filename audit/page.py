@@ -43,6 +43,13 @@ def join(parts: Iterable[str]) -> Html:
     return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
 
 
+def signature(about: str) -> Html:
+    """On paper alone: lines for place, date and signature under what is signed."""
+    return tag(
+        "div", tag("p", about), *(tag("span", line) for line in ("Place, date", "Name", "Signature")), class_="signature"
+    )
+
+
 def table(header: Sequence[str], rows: Sequence[Html]) -> Html:
     """A table that scrolls where it is too wide."""
     columns = [tag("th", name, scope="col") for name in header]
@@ -102,6 +109,9 @@ tbody th:has(code) { white-space: nowrap; position: static; }
 .pools { margin-left: .5rem; padding: 0 .4rem; border: 1px dashed; color: #a04000; font-size: .75rem; white-space: nowrap; }
 .reference th:first-child, .reference td { background: #e6f1f9; }
 @media (max-width: 40rem) { .about { width: 9rem; } .pools { margin-left: 0; } main { padding: 1rem .75rem 3rem; } }
+.signature { display: none; flex-wrap: wrap; gap: 12mm; }
+.signature p { flex-basis: 100%; }
+.signature span { flex: 1; border-top: 1px solid; padding-top: 1mm; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   html { font-size: 8.5pt; }
@@ -110,7 +120,9 @@ tbody th:has(code) { white-space: nowrap; position: static; }
   img { max-width: 100%; max-height: 150mm; object-fit: contain; object-position: left; }
   #accuracy img { max-height: 115mm; }
   th:first-child { position: static; }
-  tr, img, .group { break-inside: avoid; }
+  tr, img, .group, .signature { break-inside: avoid; }
+  .signature { display: flex; }
+  details::details-content { content-visibility: visible; }
   h2, h3 { break-after: avoid; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

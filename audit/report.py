@@ -1,10 +1,11 @@
 """The pages of an audit: one for the federation, one for each client; each a file that needs nothing else."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from metamoe.audit.ledgers import Ledgers
-from metamoe.audit.page import Html, array_table, document, join, table, tag
+from metamoe.audit.page import Html, array_table, document, join, signature, table, tag
 from metamoe.audit.picture import checks, flow, spent, time_line
 from metamoe.audit.verification import checked_at
 from metamoe.common.audit.entries import Arrival, Erasure, Intent, Open, Receipt, Refusal, Resent, Seal
@@ -97,7 +98,8 @@ def client_page(client: Checked, findings: Sequence[Finding], compared: bool, re
         time_line(client),
         _verdict(findings, f"The ledger holds{agreed}."),
     ]
-    facts = {"public key": client.key, "lines": str(len(client.lines)), "runs": str(len(client.runs))}
+    last = hashlib.sha256(client.lines[-1][1]).hexdigest() if client.lines else "–"
+    facts = {"public key": client.key, "lines": str(len(client.lines)), "last line": last, "runs": str(len(client.runs))}
     facts["checked with"] = "; ".join(client.keys)
     parts.append(tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items())))
     for digest, policy in client.policies.items():
@@ -119,6 +121,7 @@ def client_page(client: Checked, findings: Sequence[Finding], compared: bool, re
         refusals = [f"Refused in stage {r.stage}: error code {r.code} was sent, nothing else." for r in client.of(Refusal, run)]
         parts += [tag("p", refusal) for refusal in refusals]
         parts += [tag("p", f"Erased since: a record that took part, {e.leaf[:16]}.") for e in client.of(Erasure, run)]
+    parts.append(signature(f"I have read what {client.name} sent, up to line {len(client.lines)} of its ledger, {last[:16]}."))
     return document(f"What {client.name} sent", *parts, refresh=refresh)
 
 

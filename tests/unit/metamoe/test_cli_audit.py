@@ -1,9 +1,11 @@
 """``metamoe audit`` as one uses it: places, words, pages, bundles and exit codes."""
 
+import hashlib
 import json
 import re
 import secrets
 import shutil
+import subprocess
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -249,10 +251,35 @@ def test_the_pages_say_what_left_and_whether_it_holds(run: Path, run_metamoe, tm
     assert len(hashes) > 5
     assert all(digest in pages["client-0.html"] for digest in hashes)
     assert "<script" not in "".join(pages.values())
+    # What is signed on paper is the ledger up to its last line.
+    lines = (run / "clients/audit/client-0" / LEDGER).read_bytes().splitlines()
+    last = hashlib.sha256(lines[-1]).hexdigest()
+    assert f"up to line {len(lines)} of its ledger, {last[:16]}" in pages["client-0.html"]
+    assert last in pages["client-0.html"]
     client = run / "clients" / "audit" / "client-0"
     (client / LEDGER).write_bytes((client / LEDGER).read_bytes()[:-200])
     assert run_metamoe("audit", "report", str(run), "--out", str(tmp_path / "pages")) == 3
     assert "tampered with" in (tmp_path / "pages" / "client-0.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_page_is_printed_whole(run: Path, run_metamoe, tmp_path: Path) -> None:
+    """As a PDF that somebody signs: what is folded on the screen is printed, so there are more pages than without."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("there is no chromium; on Debian: apt-get install chromium")
+    assert run_metamoe("audit", "report", str(run), "--out", str(tmp_path)) == 0
+    whole = (tmp_path / "client-0.html").read_text()
+    (tmp_path / "folded.html").write_text(re.sub(r"<details>.*?</details>", "", whole, flags=re.DOTALL))
+
+    def printed(name: str) -> int:
+        pdf = tmp_path / "page.pdf"
+        always = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command = [browser, *always, f"--print-to-pdf={pdf}", (tmp_path / name).as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return len(re.findall(rb"/Type /Page\b(?!s)", pdf.read_bytes()))
+
+    assert printed("client-0.html") > printed("folded.html") >= 1
 
 
 def test_the_policy_is_printed_and_written_once(run_metamoe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
