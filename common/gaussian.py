@@ -88,7 +88,9 @@ class Gaussians:
         factors = np.stack([root.T @ spread for _, root, spread in spreads])
         variances = np.stack([own for own, _, _ in spreads])
         mean = (variances + np.square(factors).sum(1)).mean(0)
-        factors, variances, means = factors / np.sqrt(mean), variances / mean, self.means / np.sqrt(mean)
+        factors /= np.sqrt(mean)
+        variances /= mean
+        means = self.means / np.sqrt(mean)
         products = means @ means.T
         width = len(mean)
         # Of all covariances a few rows at a time: nothing as large as K of them is in memory.

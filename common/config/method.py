@@ -78,7 +78,7 @@ class Experts(Section):
     """Stage 3: how many experts the unified model has, however many clients there are."""
 
     max: Count = Field(
-        32, description="experts of the unified model; of more clients, those with the nearest routing vectors are merged"
+        32, description="experts of the unified model; of more clients, those whose Gaussians or means are nearest are merged"
     )
 
 
