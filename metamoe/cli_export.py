@@ -16,6 +16,8 @@ class Form(StrEnum):
     adapters = "adapters"
     merged = "merged"
     transformers = "transformers"
+    mixtral = "mixtral"
+    qwen2_moe = "qwen2-moe"
 
 
 def export(
@@ -24,20 +26,37 @@ def export(
         Form,
         typer.Option(
             help="adapters: PEFT folders for an engine; transformers: the unified model, loaded with trust_remote_code and "
-            "without this product; merged: one expert or a soup, as a dense model."
+            "without this product; mixtral, qwen2-moe: the unified model in that architecture, where it holds it exactly; "
+            "merged: one expert or a soup, as a dense model."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced where it is there.")],
     expert: Annotated[str | None, typer.Option(help="Of --to merged: an expert's name, or soup for the mean of all.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of --to mixtral and qwen2-moe: prompts, as 'metamoe model drift' takes them. Where the model is refused, the "
+            "error says what share of the next tokens would change."
+        ),
+    ] = None,
 ) -> None:
-    """Write a unified model as others read it. Adapters and what transformers loads are exact; a merged model is one expert, or
-    a soup, and never the unified model.
+    """Write a unified model as others read it. Adapters and what transformers loads are exact, Mixtral and Qwen2-MoE exact or
+    refused (docs/use.md says for which settings); a merged model is one expert, or a soup, and never the unified model.
     """
+    mixtures = {Form.mixtral, Form.qwen2_moe}
+    if data is not None and to not in mixtures:
+        raise InvalidSettingError(f"--data {data} is for --to mixtral and --to qwen2-moe; --to {to} is never refused")
     if (to is Form.merged) != (expert is not None):
         raise InvalidSettingError(f"--to merged wants --expert NAME, or --expert soup; --to {to} has all of them")
     from metamoe.export import export_adapters, export_merged, export_transformers
 
-    if to is Form.transformers:
+    if to in mixtures:
+        # Not before it is needed: it loads architectures of transformers.
+        from metamoe.mixture import export_mixture
+
+        export_mixture(model, out, "mixtral" if to is Form.mixtral else "qwen2-moe", data)
+        console.print(f"{out}: load it with AutoModelForCausalLM, as any model", markup=False, soft_wrap=True)
+    elif to is Form.transformers:
         export_transformers(model, out)
         console.print(f"{out}: load it with trust_remote_code=True", markup=False, soft_wrap=True)
     elif expert is None:

@@ -128,10 +128,16 @@ def _inputs(loaded: Loaded, path: Path) -> Iterator[tuple[list[str], Inputs]]:
             pictures = [read_picture(file, loaded.manifest.background) for file in part]
             yield [str(file) for file in part], pixel_values(loaded.seed, pictures)
         return
-    yield from _prompts(loaded, path)
+    yield from prompts_in(loaded, path)
 
 
-def _prompts(loaded: Loaded, path: Path) -> Iterator[tuple[list[str], Tokens]]:
+def prompts_in(loaded: Loaded, path: Path) -> Iterator[tuple[list[str], Tokens]]:
+    """Texts of prompts, and their tokens, some at a time.
+
+    Raises:
+        InputFileError: there is no such file, or it is not UTF-8.
+        DataFormatError: a row is in no layout that is known.
+    """
     manifest, tokenizer = loaded.manifest, loaded.seed.tokenizer
     if path.suffix.lower() == ".txt" and not manifest.text:
         try:

@@ -78,20 +78,20 @@ def merged_card(manifest: "Manifest", expert: str, soup: bool) -> str:
     )
 
 
-def exported_card(manifest: "Manifest", loader: str) -> str:
-    """The card of a unified model that transformers loads."""
+def exported_card(manifest: "Manifest", loader: str, own_code: bool = True) -> str:
+    """The card of a unified model that transformers loads, by code of ours beside it or by its own."""
     return "\n".join(
         [
             _metadata(manifest.seed_model, None, bool(manifest.classes), "transformers"),
             "# A unified model by MetaMoE-FL, for transformers",
             "",
             f"`{manifest.seed_model}` with {len(manifest.experts)} experts and their router: the unified model "
-            f"{manifest.model_hash}. Its code is `modeling_metamoe.py`, in this folder.",
+            f"{manifest.model_hash}.{' Its code is `modeling_metamoe.py`, in this folder.' * own_code}",
             "",
             "```python",
             f"from transformers import {loader}",
             "",
-            f'model = {loader}.from_pretrained("FOLDER", trust_remote_code=True)',
+            f'model = {loader}.from_pretrained("FOLDER"{", trust_remote_code=True" * own_code})',
             "```",
             "",
         ]

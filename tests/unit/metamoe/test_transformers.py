@@ -81,6 +81,7 @@ def unified(folder: Path, seed: Seed, settings: Settings) -> metamoe.Model:
     """A model of three random experts with random routers of whatever form the settings ask for."""
     width, router = evidence_width(seed, settings.lora, settings.router), settings.router
     count = 3 + router.seed_expert
+    biases = np.linspace(0, 1, count) * (router.rows != "dot")
     quadratic = None
     if router.statistics == "shape":
         rng = np.random.default_rng(5)
@@ -89,7 +90,7 @@ def unified(folder: Path, seed: Seed, settings: Settings) -> metamoe.Model:
             rng.normal(size=(count, 3, width)) * 0.1,
         )  # fmt: skip
     routers = [
-        RouterWeights(random_features(count, width, i) / 8, np.linspace(0, 1, count), router.context, quadratic)
+        RouterWeights(random_features(count, width, i) / 8, biases, router.context, quadratic)
         for i in range(len(evidence_paths(seed, settings.lora, router)))
     ]
     names = [] if not seed.is_image_model else WORDS
