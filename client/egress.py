@@ -109,8 +109,8 @@ def _answered(
     It is on disk before the ledger says that it leaves: whatever ends this process, the same bytes leave later, or none.
     """
     run, message = terms.envelope.run, terms.envelope.message
-    check_asked(policy, site.audit, ledger, terms)
     introduces = kind == "profile" and terms.only_introduces(site.client)
+    check_asked(policy, site.audit, ledger, kind, terms, introduces)
     said = [terms.settings.model_dump(mode="json"), terms.seed, terms.public, list(terms.experts), introduces]
     outbox, asked = Outbox.of_run(site, run), question_hash(said, content)
     spent = [] if introduces else planned_spending(kind, terms.settings)

@@ -83,7 +83,13 @@ def begin(place: Path, change: Change, out: Path) -> Changed:
         _copy_clients(state, out / "clients", settings)
         if (old / "flower").is_dir():
             (out / "flower").mkdir()
-    return Changed(settings, asked, _said(old, change, asked, missing), deployed=not state.is_dir())
+    said, deployed = _said(old, change, asked, missing), not state.is_dir()
+    if deployed and settings.clients > before.clients:
+        said.append(
+            f"a new place: owners whose policy has a rule for clients (policy.toml, settings) have to allow {settings.clients} "
+            "there; the others need not do anything"
+        )
+    return Changed(settings, asked, said, deployed)
 
 
 def _settings(before: Settings, change: Change, missing: Sequence[str]) -> Settings:

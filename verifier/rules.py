@@ -84,8 +84,7 @@ def settings_of(files, opened):
         return None
     if sha(content) != opened["settings"]:
         raise ValueError("its settings were changed")
-    values = parsed(content)
-    if not isinstance(values, dict):
+    if not isinstance(values := parsed(content), dict):
         raise ValueError("its settings are none")
     return touching(values)
 
@@ -93,7 +92,8 @@ def settings_of(files, opened):
 def check_terms(files, entries, policies):
     """What servers asked, run by run, against what the policy lets them choose."""
     opened = {entry["run"]: entry for entry in entries if entry["type"] == "open"}
-    answered = dict.fromkeys(entry["run"] for entry in entries if entry["type"] == "intent")
+    intents = [entry for entry in entries if entry["type"] == "intent"]
+    answered, telling = dict.fromkeys(e["run"] for e in intents), {e["run"] for e in intents if statistics_of(e, True)}
     try:
         kept = {run: settings_of(files, opened[run]) for run in answered if run in opened}
     except ValueError as error:
@@ -104,7 +104,7 @@ def check_terms(files, entries, policies):
         policy = policies.get(entry["policy"])
         if entry["role"] != "client" or not policy or "settings" not in policy:
             continue
-        where = f"run {entry['run'][:8]}"
+        where, idle = f"run {entry['run'][:8]}", entry["run"] not in telling
         if (settings := kept[entry["run"]]) is None:
             yield INCOMPLETE, f"{where} was answered, but its settings are not here"
             continue
@@ -116,20 +116,21 @@ def check_terms(files, entries, policies):
         if policy["settings"] == "any":
             continue
         for name, value in settings.items():
-            rule = policy["settings"].get(name)
-            fine = within(rule, value) if rule is not None else before.get(name, value) == value
-            if not fine:
+            rule, known = policy["settings"].get(name), before.get(name, value)
+            if not (known == value or (idle and more_places(name, known, value)) if rule is None else within(rule, value)):
                 yield VIOLATION, f"{where} was answered, but {name} = {value!r} is not the server's to choose"
 
 
 def within(rule, value):
-    if rule == "any":
-        return True
     if isinstance(rule, list):
         return any(type(choice) is type(value) and choice == value for choice in rule)
-    if type(value) not in (int, float):
-        return False
-    return rule.get("min", -math.inf) <= value <= rule.get("max", math.inf)
+    return rule == "any" or (type(value) in (int, float) and rule.get("min", -math.inf) <= value <= rule.get("max", math.inf))
+
+
+def more_places(name, before, value):
+    """Others have places beside those of the first run: that is nothing to a client that says nothing of its samples."""
+    form = {"clients": int, "data.domains": list, "data.hub": list}.get(name)
+    return type(before) is type(value) is form and (value > before if form is int else value[: len(before)] == before)
 
 
 def statistics_of(intent, noise_counts):
@@ -137,8 +138,7 @@ def statistics_of(intent, noise_counts):
     covered = set() if noise_counts else {name for spent in intent["spent"] for name in spent["covers"]}
     kinds = {}
     for array in intent["arrays"]:
-        kind = kind_of(array["name"])
-        if kind and kind not in OF_NO_SAMPLE and array["name"] not in covered:
+        if (kind := kind_of(array["name"])) and kind not in OF_NO_SAMPLE and array["name"] not in covered:
             kinds.setdefault(kind, []).append(array)
     return {
         kind: intent["message"]

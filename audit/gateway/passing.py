@@ -84,7 +84,7 @@ class Passing:
         """
         terms = self._opened(content)
         policy = load_policy(self._policy)
-        check_asked(policy, self._folder, self._ledger, terms)
+        check_asked(policy, self._folder, self._ledger, kind, terms, self._introduces(kind, terms))
         artifacts = self._artifacts(kind, terms, policy)
         records = read_reply(root, content_of, artifacts, AUDIT_ARTIFACTS[kind])
         arrays, audit = decode_reply(records, artifacts), decode_audit(kind, records)

@@ -95,14 +95,23 @@ def _check_receipts(run: str, known: list[Entry], receipts: list[Receipt]) -> No
             raise ProtocolError(f"the receipt for message {receipt.message} is not signed by the server of this run")
 
 
-def check_asked(policy: Policy, folder: Path, ledger: Ledger, terms: Request) -> None:
+def check_asked(policy: Policy, folder: Path, ledger: Ledger, kind: Kind, terms: Request, introduces: bool) -> None:
     """Whether a server may ask this after all it has asked before; before a seed model is loaded that the server names.
+
+    Args:
+        policy: the owner's.
+        folder: of the ledger.
+        ledger: with all that left before.
+        kind: what is asked.
+        terms: of the request.
+        introduces: whether the client only says who it is.
 
     Raises:
         PolicyError: names the setting, its value, and the rule.
     """
     asking = Terms(touching(terms.settings), terms.seed, terms.public)
-    check_terms(policy, asking, first_terms(folder, ledger.entries()))
+    idle = introduces or (kind == "deliver" and not terms.settings.report_accuracy)
+    check_terms(policy, asking, first_terms(folder, ledger.entries()), idle=idle)
 
 
 def allowed_artifacts(kind: Kind, settings: Settings, policy: Policy, introduced: bool = False) -> list[Artifact]:

@@ -22,6 +22,8 @@ from metamoe.common.errors import PolicyError
 from metamoe.common.files import write_atomically
 
 _OF_NO_SAMPLE = ("client", "ledger")
+_PLACES: dict[str, type] = {"clients": int, "data.domains": list, "data.hub": list}
+"""Settings that say which places a run has, and the types of their values."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,28 @@ def pinned(policy: Policy, terms: Terms) -> Policy:
     return policy.model_copy(update={**chosen, "settings": {name: [value] for name, value in terms.settings.items()}})
 
 
-def check_terms(policy: Policy, asked: Terms, first: Terms | None) -> None:
+def check_terms(policy: Policy, asked: Terms, first: Terms | None, *, idle: bool = False) -> None:
     """Whether a server may ask this; asked before anything is loaded or computed.
 
     Args:
         policy: the owner's.
         asked: the run's.
         first: of the first run that was answered; None where this is it.
+        idle: whether what is asked is of no private sample.
 
     Raises:
         PolicyError: names the setting, its value, and the rule.
     """
-    for problem in problems(policy, asked, first):
+    for problem in problems(policy, asked, first, idle=idle):
         raise PolicyError(problem)
 
 
-def problems(policy: Policy, asked: Terms, first: Terms | None) -> Iterable[str]:
-    """What of a run its policy does not allow the server to ask, each in a sentence."""
+def problems(policy: Policy, asked: Terms, first: Terms | None, *, idle: bool) -> Iterable[str]:
+    """What of a run its policy does not allow the server to ask, each in a sentence.
+
+    An idle client, which says nothing of its samples, minds no places that others get beside those of its first run, unless its
+    owner has a rule for them.
+    """
     before = first or asked
     for what, digest, allowed, first_digest in (
         ("seed model", asked.seed_model, policy.seed_models, before.seed_model),
@@ -116,11 +123,21 @@ def problems(policy: Policy, asked: Terms, first: Terms | None) -> Iterable[str]
         if rule is not None:
             if not _within(rule, value):
                 yield f"{name} = {value!r} is not what this client's policy allows (rule settings)"
-        elif before.settings.get(name, value) != value:
+        elif (known := before.settings.get(name, value)) != value and not (idle and _more_places(name, known, value)):
             yield (
-                f"{name} = {value!r}: it touches private data, and stays {before.settings[name]!r}, as in the first run, until "
-                "this client's policy allows others (rule settings)"
+                f"{name} = {value!r}: it touches private data, and stays {known!r}, as in the first run, until this client's "
+                f"policy allows others (rule settings; to allow this: {json.dumps(name)} = {json.dumps([known, value])})"
             )
+
+
+def _more_places(name: str, before: Any, value: Any) -> bool:
+    form = _PLACES.get(name)
+    return type(before) is type(value) is form and (value > before if form is int else value[: len(before)] == before)
+
+
+def tells_of_samples(intent: Intent) -> bool:
+    """Whether a message says anything of private samples."""
+    return bool(_by_kind(intent.arrays, [], noise_counts=True))
 
 
 def statistics(intents: Iterable[Intent], *, noise_counts: bool) -> dict[ArtifactKind, set[object]]:

@@ -34,7 +34,7 @@ from metamoe.common.audit.keys import public_file, read_public, signed_by
 from metamoe.common.audit.ledger import HEAD, LEDGER
 from metamoe.common.audit.merkle import merkle_root
 from metamoe.common.audit.policy import ArtifactKind, Policy, epsilon_of, kind_of_array, load_policy
-from metamoe.common.audit.terms import first_terms, problems, settings_file, statistics, terms_of
+from metamoe.common.audit.terms import first_terms, problems, settings_file, statistics, tells_of_samples, terms_of
 from metamoe.common.errors import InputFileError, PolicyError, first_problem
 
 _Kind = TypeVar("_Kind", bound=Entry)
@@ -291,6 +291,7 @@ def _check_policy(policy: Policy, where: str, intents: Sequence[Intent]) -> Iter
 def _check_terms(checked: Checked, folder: Path) -> Iterator[Finding]:
     """What each run asked, against what its policy lets a server choose; of policies that say so."""
     answered = {intent.run for intent in checked.of(Intent)}
+    telling = {intent.run for intent in checked.of(Intent) if tells_of_samples(intent)}
     opened = [entry for entry in checked.of(Open) if entry.run in answered and entry.role == "client"]
     try:
         first = first_terms(folder, checked.entries)
@@ -310,7 +311,7 @@ def _check_terms(checked: Checked, folder: Path) -> Iterator[Finding]:
             what = f"was answered, but {settings_file(folder, entry.settings).name} is not here"
             yield Finding(Verdict.INCOMPLETE, where, what, entry.run)
             continue
-        for problem in problems(policy, terms, first):
+        for problem in problems(policy, terms, first, idle=entry.run not in telling):
             yield Finding(Verdict.VIOLATION, where, f"was answered, but {problem}", entry.run)
 
 

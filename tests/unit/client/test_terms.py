@@ -94,6 +94,38 @@ def test_after_the_first_run_a_server_chooses_nothing_that_touches_private_data(
     assert worst(f for f in check_ledger(site.audit).findings if f.verdict is not Verdict.INCOMPLETE) is Verdict.FINE
 
 
+MORE = ("clients=4", 'data.domains=["digits", "greek", "arrows", "numerals"]')
+
+
+def idle(settings: Settings, known: Sequence[int] = (0,)) -> RecordDict:
+    """A request to clients that only say who they are."""
+    hashes = load_seed(settings.seed_model).fingerprint, public_fingerprint(settings.data)
+    envelope = Envelope(run=secrets.token_hex(16), message=secrets.token_hex(16))
+    return encode_request(Request(settings, *hashes, {}, envelope, known=known))
+
+
+def test_who_is_asked_nothing_minds_no_places_of_others(small: Settings, site: Site) -> None:
+    sent(small, site)
+    more = changed(small, MORE)
+    reply = audited("profile", idle(more), site, partial(respond, "profile", site=site))
+    assert list(reply[ARRAYS]) == ["client"]
+    check_terms(PROMPT, Terms(touching(more), "a", "b"), Terms(touching(small), "a", "b"), idle=True)
+    # What the gateway and the verifier go by: the run told nothing.
+    assert worst(f for f in check_ledger(site.audit).findings if f.verdict is not Verdict.INCOMPLETE) is Verdict.FINE
+    # Whoever is asked for more than its name minds them, and so does one whose place would be another.
+    refused(idle(more, known=[1]), site, r'clients = 4: .* to allow this: "clients" = \[3, 4\]')
+    for change in (("clients=2",), ('data.domains=["greek", "digits", "arrows", "numerals"]',), ("seed=1",)):
+        refused(idle(changed(small, change)), site, "rule settings")
+
+
+def test_an_owner_s_rule_for_places_holds_for_those_who_are_asked_nothing_too(small: Settings, site: Site) -> None:
+    sent(small, site)
+    site.policy.write_text(policy_text(PROMPT.model_copy(update={"settings": {"clients": [3]}})))
+    refused(idle(changed(small, MORE)), site, r"clients = 4 is not what this client's policy allows \(rule settings")
+    site.policy.write_text(policy_text(PROMPT.model_copy(update={"settings": {"clients": [3, 4]}})))
+    audited("profile", idle(changed(small, MORE)), site, partial(respond, "profile", site=site))
+
+
 def test_another_seed_model_or_public_set_is_refused_by_its_fingerprint(small: Settings, site: Site) -> None:
     """A folder of the same name may hold another model tomorrow."""
     sent(small, site)

@@ -13,6 +13,7 @@ from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
 from metamoe.common.audit.entries import Arrival, Intent
+from metamoe.common.audit.policy import DEFAULT, Limits, policy_text
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
 from metamoe.common.data.datasets import public_fingerprint
@@ -132,11 +133,23 @@ def test_who_comes_back_alone_computes(without_greek: tuple[Path, Changed], all_
     ]
 
 
-def test_a_fourth_beside_three_is_four(all_three: Path, small: Settings, tmp_path: Path) -> None:
-    begun = change(all_three, "add", "numerals", tmp_path / "added")
+def test_a_fourth_beside_three_is_four_under_the_product_s_policy(all_three: Path, small: Settings, tmp_path: Path) -> None:
+    """It pins the number of clients to that of the first run, and those who are asked nothing do not mind a place more."""
+    out, policy = tmp_path / "added", tmp_path / "policy.toml"
+    policy.write_text(policy_text(DEFAULT.model_copy(update={"limits": Limits(reply_time_step=0)})))
+    begun = begin(all_three, Change("add", "numerals"), out)
+
+    def ask(kind, requests):
+        for client, content in requests.items():
+            site = Site(client, out / "clients", policy=policy, simulation=False)
+            yield client, audited(kind, content, site, lambda c, site=site: respond(kind, c, site))
+
+    run_stages(begun.settings, range(4), ask, out)
     four = ["clients=4", "data.domains=['digits', 'greek', 'arrows', 'numerals']"]
-    assert made(tmp_path / "added") == made(whole(changed(small, four), tmp_path / "four"))
+    assert made(out) == made(whole(changed(small, four), tmp_path / "four"))
     assert begun.asked == {"digits": [], "greek": [], "arrows": [], "numerals": ["profile", "expert"]}
+    assert asked_in_last_run(out, 0) == {"profile": ["client", "audit-key"], "deliver": ["ledger-root", "ledger-signature"]}
+    assert fine(out)
 
 
 def test_who_is_refreshed_is_asked_anew(all_three: Path, tmp_path: Path) -> None:

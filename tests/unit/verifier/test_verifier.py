@@ -57,7 +57,7 @@ SHAPES = {
     "accuracy": [],
     "audit-key": [32],
 }
-SETTINGS = [Settings(), Settings(seed=1), Settings(router={"context": 0.5})]
+SETTINGS = [Settings(), Settings(seed=1), Settings(router={"context": 0.5}), Settings(clients=4)]
 POLICIES = [
     DEFAULT,
     DEFAULT.model_copy(update={"settings": {"seed": Between(min=0, max=1)}, "seed_models": ["a" * 64]}),
