@@ -14,6 +14,7 @@ from metamoe.common.model.artifact import MANIFEST, read_weights
 from metamoe.common.presets import changed, load_settings
 from metamoe.common.wire import Kind
 from metamoe.server.changes import CHANGES, Change, begin_changed, left_out, merged_experts, sent_in
+from metamoe.server.proxies import KEPT
 
 _OF_A_MODEL = ("model", "accuracy.json", "training")
 """In a client's folder: what was delivered to it, with everybody's experts, and trainings that had not come to an end."""
@@ -28,12 +29,14 @@ class Changed:
         asked: by client what it is to be asked; nothing for those from whom all is taken over.
         said: what a user should know, in sentences.
         deployed: whether the clients are separate processes of a federation.
+        from_beginning: whether a run from its beginning with these settings makes the same model.
     """
 
     settings: Settings
     asked: dict[str, list[Kind]]
     said: list[str]
     deployed: bool
+    from_beginning: bool
 
 
 def run_folder(place: Path) -> Path:
@@ -89,10 +92,15 @@ def begin(place: Path, change: Change, out: Path) -> Changed:
             f"a new place: owners whose policy has a rule for clients (policy.toml, settings) have to allow {settings.clients} "
             "there; the others need not do anything"
         )
-    return Changed(settings, asked, said, deployed)
+    return Changed(settings, asked, said, deployed, not (out / KEPT).is_file())
 
 
 def _settings(before: Settings, change: Change, missing: Sequence[str]) -> Settings:
+    if wrong := [text for text in change.public if not text.startswith("data.public")]:
+        raise InvalidSettingError(
+            f"--set {wrong[0]}: who is refreshed can get another public set (data.public, data.public-hub, "
+            "data.public-samples, data.public-without); with other settings all would begin anew, so make a new run"
+        )
     name, part = change.client, [name for name in before.member_names if name not in missing]
     absent = {*before.without, *missing}
     if change.kind == "add" and name not in before.client_names:
@@ -102,7 +110,7 @@ def _settings(before: Settings, change: Change, missing: Sequence[str]) -> Setti
     if change.kind != "add" and name not in part:
         raise InvalidSettingError(f"{name!r} has no part in the model; {', '.join(part)} have")
     absent = absent - {name} if change.kind == "add" else absent | {name} if change.kind == "remove" else absent
-    return changed(before, [f"without={[name for name in before.client_names if name in absent]}"])
+    return changed(before, [f"without={[name for name in before.client_names if name in absent]}", *change.public])
 
 
 def _with_place(before: Settings, name: str) -> Settings:
@@ -134,9 +142,15 @@ def _said(old: Path, change: Change, asked: dict[str, list[Kind]], missing: Sequ
     for merged, clients in merged_experts(old).items():
         if change.client in clients:
             said.append(f"{merged} was merged of {', '.join(clients)}; it is made anew of the experts that these sent")
+    if change.public:
+        said.append(
+            f"{change.client}'s proxies are chosen from another public set, and the others keep theirs: this is the model of "
+            "no run from the beginning, in which all would be chosen anew"
+        )
     for name, kinds in asked.items():
         if kinds and name != change.client:
-            said.append(f"{name} is asked again for its {' and '.join(kinds)}: it is no longer whole here")
+            why = "it goes by the public set" if change.public and kinds == ["profile"] else "it is no longer whole here"
+            said.append(f"{name} is asked again for its {' and '.join(kinds)}: {why}")
     silent = [name for name, kinds in asked.items() if not kinds]
     said.append(f"taken over, and asked nothing: {', '.join(silent) or 'nobody'}")
     if change.kind != "remove":

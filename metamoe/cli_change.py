@@ -67,9 +67,25 @@ def add(place: Place, client: Client, out: Out = None, as_json: AsJson = False) 
 
 
 @model.command()
-def refresh(place: Place, client: Client, out: Out = None, as_json: AsJson = False) -> None:
-    """Ask one client anew, as when its data has changed: its means, its proxies and its expert are new, the others' stay."""
-    _change(place, "refresh", client, out, f"refreshed-{client}", as_json)
+def refresh(
+    place: Place,
+    client: Client,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Another public set, out of which this client's proxies are chosen: data.public, data.public-hub, "
+            "data.public-samples, data.public-without. It must hold all proxies of the others, who keep theirs.",
+        ),
+    ] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one client anew, as when its data or the public set has changed: its means, its proxies and its expert are new, the
+    others' stay.
+    """
+    _change(place, "refresh", client, out, f"refreshed-{client}", as_json, tuple(settings or ()))
 
 
 @model.command()
@@ -109,14 +125,20 @@ def drift(
 
 
 def _change(
-    place: Path, kind: Literal["remove", "add", "refresh"], client: str, out: Path | None, suffix: str, as_json: bool
+    place: Path,
+    kind: Literal["remove", "add", "refresh"],
+    client: str,
+    out: Path | None,
+    suffix: str,
+    as_json: bool,
+    public: tuple[str, ...] = (),
 ) -> None:
     from metamoe.changes import begin, overview, run_folder
     from metamoe.server.changes import Change
 
     old = run_folder(place)
     target = (out or old.with_name(f"{old.name}-{suffix}")).absolute()
-    begun = begin(old, Change(kind, client), target)
+    begun = begin(old, Change(kind, client, public), target)
     for line in begun.said:
         notes.print(line, markup=False, highlight=False, soft_wrap=True)
     if begun.deployed:
@@ -138,7 +160,7 @@ def _change(
         put_json({"folder": str(target), "model": made, "asked": begun.asked, "said": begun.said})
         return
     console.print(f"model: {target / 'model'}\nhash: {made}", highlight=False, soft_wrap=True)
-    if not begun.deployed:
+    if not begun.deployed and begun.from_beginning:
         console.print(
             f"the same from the beginning, to compare: metamoe simulate --preset {target / 'settings.toml'} --out FOLDER",
             markup=False,

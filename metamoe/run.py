@@ -107,14 +107,24 @@ class Run:
         """
         return self._changed("add", client, out, progress)
 
-    def refresh(self, client: str, out: str | PathLike[str], *, progress: bool = False) -> "Run":
+    def refresh(self, client: str, out: str | PathLike[str], *, public: Sequence[str] = (), progress: bool = False) -> "Run":
         """The run with one client asked anew, as when its data has changed: the same as ``metamoe model refresh``; otherwise as
         :meth:`remove`.
+
+        Args:
+            client, out, progress: as there.
+            public: settings of another public set, such as ``["data.public-samples=5000"]``, out of which the client's proxies
+                are chosen; it must hold all proxies of the others, who keep theirs.
         """
-        return self._changed("refresh", client, out, progress)
+        return self._changed("refresh", client, out, progress, tuple(public))
 
     def _changed(
-        self, kind: Literal["remove", "add", "refresh"], client: str, out: str | PathLike[str], progress: bool
+        self,
+        kind: Literal["remove", "add", "refresh"],
+        client: str,
+        out: str | PathLike[str],
+        progress: bool,
+        public: tuple[str, ...] = (),
     ) -> "Run":
         from metamoe.changes import begin
         from metamoe.server.changes import Change
@@ -122,7 +132,7 @@ class Run:
         if not (self.folder / "clients").is_dir():
             raise InputFileError(f"{self.folder} is a federation's run; change it with 'metamoe model {kind}'")
         target = Path(out).absolute()
-        begin(self.folder, Change(kind, client), target)
+        begin(self.folder, Change(kind, client, public), target)
         return resume(target, progress=progress)
 
 

@@ -17,6 +17,8 @@ from metamoe.server.dpp import greedy_map
 from metamoe.server.relevance import density_scores, fisher_discriminants, linear_scores, logistic_link
 from metamoe.server.shapes import client_gaussians, sent_means, sent_shape
 
+KEPT = "server/kept-proxies.json"
+"""In a run's folder: the proxies of clients that keep those of an earlier run, chosen from another public set."""
 _STAGE = 1
 _COVARIANCE_SAMPLES = 50_000
 _LEAST = 1e-100
@@ -133,6 +135,11 @@ def write_selections(file: Path, public: str, selections: Mapping[str, Selection
     """
     clients = {name: {part: getattr(s, part).tolist() for part in _PARTS} for name, s in selections.items()}
     write_json(file, {"public": public, "clients": clients})
+
+
+def kept_selections(out: Path) -> dict[str, Selection]:
+    """By their names the clients of a run that keep proxies, with row numbers in the run's own public set."""
+    return read_selections(out / KEPT) if (out / KEPT).is_file() else {}
 
 
 def read_selections(file: Path) -> dict[str, Selection]:

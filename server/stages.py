@@ -26,7 +26,7 @@ from metamoe.server.embedding import public_features
 from metamoe.server.exchange import Ask, Exchange
 from metamoe.server.experts import stored_arrays, stored_expert
 from metamoe.server.merging import Contribution, contribution, merge
-from metamoe.server.proxies import read_selections, select_proxies, write_selections
+from metamoe.server.proxies import kept_selections, read_selections, select_proxies, write_selections
 from metamoe.server.state import RunState, clocks
 from metamoe.server.unify import initial_routers, router_samples, unify
 
@@ -86,7 +86,8 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             if not state.holds("select", chosen):
                 events("select", 0, len(profiles))
                 found = select_proxies(features, profiles, settings, partial(events, "select"))
-                write_selections(chosen, public_hash, {names[k]: selection for k, selection in found.items()})
+                selected = {names[k]: selection for k, selection in found.items()} | kept_selections(out)
+                write_selections(chosen, public_hash, selected)
                 state.finished("select", chosen)
             selections = read_selections(chosen)
 

@@ -22,8 +22,6 @@ from metamoe.common.errors import PolicyError
 from metamoe.common.files import write_atomically
 
 _OF_NO_SAMPLE = ("client", "ledger")
-_PLACES: dict[str, type] = {"clients": int, "data.domains": list, "data.hub": list}
-"""Settings that say which places a run has, and the types of their values."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,11 @@ def problems(policy: Policy, asked: Terms, first: Terms | None, *, idle: bool) -
 
 
 def _more_places(name: str, before: Any, value: Any) -> bool:
-    form = _PLACES.get(name)
-    return type(before) is type(value) is form and (value > before if form is int else value[: len(before)] == before)
+    """Whether a setting gives a run places beside those that it had. Values are a file's, and can be anything."""
+    if name == "clients":
+        return type(before) is type(value) is int and bool(value > before)
+    listed = isinstance(before, list) and isinstance(value, list)
+    return name in ("data.domains", "data.hub") and listed and value[: len(before)] == before
 
 
 def tells_of_samples(intent: Intent) -> bool:

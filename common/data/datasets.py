@@ -195,6 +195,30 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def rows_of_same(samples: Dataset, whole: Dataset) -> list[int | None]:
+    """For each sample the row of a data set that holds the same, by pixels and class name or by question, each row once; None
+    where there is none.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, digest in enumerate(_sample_hashes(whole)):
+        rows.setdefault(digest, []).append(row)
+    left = {digest: iter(found) for digest, found in rows.items()}
+    return [next(left.get(digest, iter(())), None) for digest in _sample_hashes(samples)]
+
+
+def _sample_hashes(dataset: Dataset) -> Iterator[str]:
+    if "label" not in dataset.features:
+        for row in dataset:
+            yield hashlib.sha256(json.dumps([row["prompt"], row["choices"], row["answer"]]).encode()).hexdigest()
+        return
+    names = dataset.features["label"].names
+    for start in range(0, len(dataset), 1_000):
+        chunk = dataset[start : start + 1_000]
+        for image, label in zip(chunk["image"], chunk["label"], strict=True):
+            about = f"{image.mode} {image.size} {names[label]}\n".encode()
+            yield hashlib.sha256(about + image.tobytes()).hexdigest()
+
+
 @lru_cache(maxsize=2)
 def public_fingerprint(data: Data) -> str:
     """Content hash of the public set that these settings name.

@@ -12,17 +12,18 @@ from metamoe.client import answer
 from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
-from metamoe.common.audit.entries import Arrival, Intent
+from metamoe.common.audit.entries import Arrival, Intent, settings_hash
 from metamoe.common.audit.policy import DEFAULT, Limits, policy_text
 from metamoe.common.audit.verify import check_ledger
 from metamoe.common.config import Settings
-from metamoe.common.data.datasets import public_fingerprint
+from metamoe.common.data.datasets import load_public, public_fingerprint
 from metamoe.common.errors import InputFileError, InvalidSettingError, RunFailedError, StateFileError
 from metamoe.common.model.seed import Seed
-from metamoe.common.presets import changed, to_toml
+from metamoe.common.presets import changed, load_settings, to_toml
 from metamoe.common.wire import Request, encode_request, reply_artifacts
 from metamoe.server.changes import Change
 from metamoe.server.journal import JOURNAL, journal_line, read_journal
+from metamoe.server.proxies import read_selections
 from metamoe.server.stages import run_stages
 from metamoe.simulations.local import run_local
 from tests.conftest import small_run
@@ -59,6 +60,14 @@ def all_three(finished: Path, seed_folder: Path, tmp_path_factory: pytest.TempPa
 def without_greek(all_three: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Changed]:
     out = tmp_path_factory.mktemp("removed") / "run"
     return out, change(all_three, "remove", "greek", out)
+
+
+GREEK, DIGITS = (f"experts/{name}/adapter_model.safetensors" for name in ("greek", "digits"))
+
+
+def small_of(run: Path, *changes: str) -> Settings:
+    """The settings of a run, and others."""
+    return changed(load_settings(str(run / "settings.toml")), list(changes))
 
 
 def asked_in_last_run(out: Path, client: int) -> dict[str, list[str]]:
@@ -162,6 +171,93 @@ def test_who_is_refreshed_is_asked_anew(all_three: Path, tmp_path: Path) -> None
     assert made(tmp_path / "run") == made(all_three)
     (line,) = (json.loads(text) for text in (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
     assert [message["stage"] for message in line["gone"]] == ["profile", "expert"]
+
+
+@pytest.fixture(scope="module")
+def with_more_public(all_three: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Changed]:
+    """Greek's proxies out of 340 public samples, of which 300 are those that all had."""
+    out = tmp_path_factory.mktemp("public") / "run"
+    begun = begin(all_three, Change("refresh", "greek", ("data.public-samples=340",)), out)
+    run_local(begun.settings, out)
+    return out, begun
+
+
+@pytest.mark.slow
+def test_one_client_gets_proxies_of_another_public_set_and_the_others_keep_theirs(
+    with_more_public: tuple[Path, Changed], all_three: Path, tmp_path: Path
+) -> None:
+    out, begun = with_more_public
+    # Shapes are in coordinates of the public set, experts are not.
+    assert begun.asked == {"digits": ["profile"], "greek": ["profile", "expert"], "arrows": ["profile"]}
+    assert not begun.from_beginning
+    assert "digits is asked again for its profile: it goes by the public set" in begun.said
+    assert list(asked_in_last_run(out, 0)) == ["profile", "deliver"]
+    assert fine(out)
+    expected = whole(begun.settings, tmp_path / "whole")
+    before, after, anew = (read_selections(run / "proxies.json") for run in (all_three, out, expected))
+    old, new = load_public(small_of(all_three).data), load_public(begun.settings.data)
+    for name in ("digits", "arrows"):
+        kept = [old[int(row)]["image"].tobytes() for row in before[name].ids]
+        assert [new[int(row)]["image"].tobytes() for row in after[name].ids] == kept
+        assert after[name].ids.tolist() != anew[name].ids.tolist()
+    assert after["greek"].ids.tolist() == anew["greek"].ids.tolist() != before["greek"].ids.tolist()
+
+    def sent(run: Path, what: str) -> bytes:
+        return (run / "server" / what).read_bytes()
+
+    # All that each said: of greek and of all profiles what a run from the beginning has, of the other experts what they were.
+    assert sent(out, GREEK) == sent(expected, GREEK) != sent(all_three, GREEK)
+    assert sent(out, DIGITS) == sent(all_three, DIGITS) != sent(expected, DIGITS)
+    for name in ("digits", "greek", "arrows"):
+        profile = f"replies/profile/{name}.safetensors"
+        assert sent(out, profile) == sent(expected, profile) != sent(all_three, profile)
+    router = "model/router.safetensors"
+    assert (out / router).read_bytes() == (expected / router).read_bytes() != (all_three / router).read_bytes()
+    (line,) = (json.loads(text) for text in (out / "changes.jsonl").read_text().splitlines())
+    assert line["public"] == public_fingerprint(begun.settings.data)
+
+
+@pytest.mark.slow
+def test_what_was_kept_is_kept_in_the_next_change(with_more_public: tuple[Path, Changed], tmp_path: Path) -> None:
+    begun = change(with_more_public[0], "remove", "greek", tmp_path / "run")
+    assert not begun.from_beginning
+    assert begun.asked == {"digits": [], "arrows": []}
+    assert asked_in_last_run(tmp_path / "run", 0)["profile"] == ["client", "audit-key"]
+    assert list(asked_in_last_run(tmp_path / "run", 0)) == ["profile", "deliver"]
+
+
+def test_means_are_taken_over_under_another_public_set(all_three: Path, tmp_path: Path) -> None:
+    """Means are of private samples alone."""
+    old, settings = tmp_path / "old", small_of(all_three, "router.statistics=mean")
+    shutil.copytree(all_three, old)
+    (old / "settings.toml").write_text(to_toml(settings))
+    lines = read_journal(old)
+    lines[0]["settings"] = settings_hash(settings)
+    (old / "server" / JOURNAL).write_bytes(b"".join(map(journal_line, lines)))
+    begun = begin(old, Change("refresh", "greek", ("data.public-samples=340",)), tmp_path / "run")
+    assert begun.asked == {"digits": [], "greek": ["profile", "expert"], "arrows": []}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.public-samples=200", r"of digits's 20 proxies, on which its expert was trained, are not in this public set"),
+        ("data.public-samples=300", "the public set stays what it was; leave it out"),
+        ("lora.rank=3", "with other settings all would begin anew, so make a new run"),
+    ],
+)
+def test_a_public_set_that_cannot_be_is_refused(all_three: Path, tmp_path: Path, setting: str, words: str) -> None:
+    with pytest.raises(InvalidSettingError, match=words):
+        begin(all_three, Change("refresh", "greek", (setting,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_proxies_that_are_no_longer_there_cannot_be_kept(all_three: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(all_three, old)
+    (old / "proxies.json").unlink()
+    with pytest.raises(StateFileError, match=r"its proxies.json, is not what it was"):
+        begin(old, Change("refresh", "greek", ("data.public-samples=340",)), tmp_path / "run")
 
 
 def test_an_expert_that_answers_other_proxies_is_asked_for_again(
