@@ -1,8 +1,8 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, bytes, start, audit, gateway, scale.
-``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its programme on a
-CPU at reduced shapes.
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, serving, bytes, start, audit, gateway,
+scale. ``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its programme
+on a CPU at reduced shapes.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.audit import audit_cost
 from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.gateway import gateway_cost
-from benchmarks.generation import generation_cost
+from benchmarks.generation import generation_cost, serving_cost
 from benchmarks.gpu import REAL, REDUCED, gpu_cost
 from benchmarks.scale import bytes_up, many_clients, more_clients
 from benchmarks.selection import imagenet_cost, selection_cost
@@ -34,6 +34,7 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "forward": [("forward passes", forward_cost)],
     "compile": [("forward passes, compiled", compiled_cost)],
     "generation": [("texts that go on, a few minutes", generation_cost)],
+    "serving": [("requests that a server answers, a few minutes", serving_cost)],
     "bytes": [("bytes that a client sends", bytes_up)],
     "start": [("start-up", start_up)],
     "audit": [("a run of preset glyphs, a few minutes", audit_cost)],

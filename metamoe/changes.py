@@ -14,7 +14,7 @@ from metamoe.common.model.artifact import MANIFEST, read_weights
 from metamoe.common.presets import changed, load_settings
 from metamoe.common.wire import Kind
 from metamoe.server.changes import CHANGES, Change, begin_changed, left_out, merged_experts, sent_in
-from metamoe.server.proxies import KEPT
+from metamoe.server.proxies import kept_selections
 
 _OF_A_MODEL = ("model", "accuracy.json", "training")
 """In a client's folder: what was delivered to it, with everybody's experts, and trainings that had not come to an end."""
@@ -92,7 +92,12 @@ def begin(place: Path, change: Change, out: Path) -> Changed:
             f"a new place: owners whose policy has a rule for clients (policy.toml, settings) have to allow {settings.clients} "
             "there; the others need not do anything"
         )
-    return Changed(settings, asked, said, deployed, not (out / KEPT).is_file())
+    if kept := kept_selections(out):
+        said.append(
+            f"{', '.join(kept)} keep proxies that were chosen out of an earlier public set: this is the model of no run from "
+            "the beginning, in which they would be chosen anew"
+        )
+    return Changed(settings, asked, said, deployed, from_beginning=not kept)
 
 
 def _settings(before: Settings, change: Change, missing: Sequence[str]) -> Settings:
@@ -142,11 +147,6 @@ def _said(old: Path, change: Change, asked: dict[str, list[Kind]], missing: Sequ
     for merged, clients in merged_experts(old).items():
         if change.client in clients:
             said.append(f"{merged} was merged of {', '.join(clients)}; it is made anew of the experts that these sent")
-    if change.public:
-        said.append(
-            f"{change.client}'s proxies are chosen from another public set, and the others keep theirs: this is the model of "
-            "no run from the beginning, in which all would be chosen anew"
-        )
     for name, kinds in asked.items():
         if kinds and name != change.client:
             why = "it goes by the public set" if change.public and kinds == ["profile"] else "it is no longer whole here"

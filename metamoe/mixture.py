@@ -64,7 +64,7 @@ def export_mixture(folder: Path, out: Path, kind: Kind, data: Path | None = None
     if found := obstacles(manifest, weights, kind):
         told = "--data FILE says, of prompts, what share of the next tokens would change"
         if data is not None:
-            told = f"of {data}, {changed_tokens(load_model(folder, ON_CPU), weights, kind, data)}"
+            told = f"By {data}, {changed_tokens(load_model(folder, ON_CPU), weights, kind, data)}"
         raise InvalidSettingError(
             f"--to {kind} does not hold this model, and --to transformers does. In the way: {'; '.join(found)}. {told}"
         )

@@ -86,8 +86,8 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
             if not state.holds("select", chosen):
                 events("select", 0, len(profiles))
                 found = select_proxies(features, profiles, settings, partial(events, "select"))
-                selected = {names[k]: selection for k, selection in found.items()} | kept_selections(out)
-                write_selections(chosen, public_hash, selected)
+                earlier = kept_selections(out)
+                write_selections(chosen, public_hash, {names[k]: earlier.get(names[k], own) for k, own in found.items()})
                 state.finished("select", chosen)
             selections = read_selections(chosen)
 

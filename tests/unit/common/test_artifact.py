@@ -9,6 +9,7 @@ from metamoe.common.config import Settings
 from metamoe.common.errors import ModelFileError, SeedMismatchError
 from metamoe.common.files import replaced_folder, write_atomically
 from metamoe.common.model.artifact import UnifiedWeights, load_model, save_model
+from metamoe.common.model.batch import class_logits, text_features
 from metamoe.common.model.lora import rounded
 from metamoe.common.model.moe import UnifiedModel
 from metamoe.common.model.router import RouterWeights
@@ -67,6 +68,21 @@ def test_a_model_by_means_is_written_and_read_as_it_was_before_there_were_shapes
     assert not {"statistics", "mixing", "shape-rank"} & set(text["router"])
     found = load_model(tmp_path / "old").manifest
     assert (found.router.statistics, found.router.mixing, found.model_hash) == ("mean", "layers", written.model_hash)
+
+
+@torch.inference_mode()
+def test_a_folder_of_the_last_format_loads_to_the_same_answers() -> None:
+    """It was written on the built-in seed by the last version that knew format 5 alone, whose hash and scores these are."""
+    loaded = load_model(Path(__file__).parent / "format-5")
+    assert loaded.manifest.format == 5
+    assert loaded.manifest.model_hash == "b8890179eddb9b28ab8a485dcb401ae04e36b01a6405546a7bd250de9f37fd05"
+    encoded, decisions = loaded.model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32))
+    texts = text_features(loaded.seed, loaded.manifest.classes, loaded.manifest.prompt)
+    scores = class_logits(loaded.model.backbone, encoded, texts)
+    expected = torch.tensor([[-1.5393676, -0.4058392, 4.5962667]])
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    expected = torch.tensor([-1.9500501, -1.4096187, -0.4885804])
+    torch.testing.assert_close(decisions[0][0, 0], expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

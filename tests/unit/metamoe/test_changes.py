@@ -12,6 +12,7 @@ from metamoe.client import answer
 from metamoe.client.app import respond
 from metamoe.client.egress import audited
 from metamoe.client.site import Site
+from metamoe.common.arrays import arrays_hash, read_arrays
 from metamoe.common.audit.entries import Arrival, Intent, settings_hash
 from metamoe.common.audit.policy import DEFAULT, Limits, policy_text
 from metamoe.common.audit.verify import check_ledger
@@ -25,6 +26,7 @@ from metamoe.server.changes import Change
 from metamoe.server.journal import JOURNAL, journal_line, read_journal
 from metamoe.server.proxies import read_selections
 from metamoe.server.stages import run_stages
+from metamoe.server.state import reply_place
 from metamoe.simulations.local import run_local
 from tests.conftest import small_run
 
@@ -142,9 +144,11 @@ def test_who_comes_back_alone_computes(without_greek: tuple[Path, Changed], all_
     ]
 
 
-def test_a_fourth_beside_three_is_four_under_the_product_s_policy(all_three: Path, small: Settings, tmp_path: Path) -> None:
-    """It pins the number of clients to that of the first run, and those who are asked nothing do not mind a place more."""
-    out, policy = tmp_path / "added", tmp_path / "policy.toml"
+@pytest.fixture(scope="module")
+def with_numerals(all_three: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Changed]:
+    """A fourth client in a new place, where all have the product's policy."""
+    out = tmp_path_factory.mktemp("added") / "run"
+    policy = out.with_name("policy.toml")
     policy.write_text(policy_text(DEFAULT.model_copy(update={"limits": Limits(reply_time_step=0)})))
     begun = begin(all_three, Change("add", "numerals"), out)
 
@@ -154,11 +158,24 @@ def test_a_fourth_beside_three_is_four_under_the_product_s_policy(all_three: Pat
             yield client, audited(kind, content, site, lambda c, site=site: respond(kind, c, site))
 
     run_stages(begun.settings, range(4), ask, out)
+    return out, begun
+
+
+def test_a_fourth_beside_three_is_four(with_numerals: tuple[Path, Changed], small: Settings, tmp_path: Path) -> None:
+    """The policy keeps to the number of clients of the first run; who is asked nothing does not mind a place more."""
+    out, begun = with_numerals
     four = ["clients=4", "data.domains=['digits', 'greek', 'arrows', 'numerals']"]
     assert made(out) == made(whole(changed(small, four), tmp_path / "four"))
     assert begun.asked == {"digits": [], "greek": [], "arrows": [], "numerals": ["profile", "expert"]}
     assert asked_in_last_run(out, 0) == {"profile": ["client", "audit-key"], "deliver": ["ledger-root", "ledger-signature"]}
     assert fine(out)
+
+
+@pytest.mark.slow
+def test_three_of_four_are_three(with_numerals: tuple[Path, Changed], tmp_path: Path) -> None:
+    begun = change(with_numerals[0], "remove", "digits", tmp_path / "run")
+    assert not any(begun.asked.values())
+    assert made(tmp_path / "run") == made(whole(begun.settings, tmp_path / "whole"))
 
 
 def test_who_is_refreshed_is_asked_anew(all_three: Path, tmp_path: Path) -> None:
@@ -209,10 +226,8 @@ def test_one_client_gets_proxies_of_another_public_set_and_the_others_keep_their
     assert sent(out, GREEK) == sent(expected, GREEK) != sent(all_three, GREEK)
     assert sent(out, DIGITS) == sent(all_three, DIGITS) != sent(expected, DIGITS)
     for name in ("digits", "greek", "arrows"):
-        profile = f"replies/profile/{name}.safetensors"
-        assert sent(out, profile) == sent(expected, profile) != sent(all_three, profile)
-    router = "model/router.safetensors"
-    assert (out / router).read_bytes() == (expected / router).read_bytes() != (all_three / router).read_bytes()
+        said = [arrays_hash(read_arrays(reply_place(run, "profile", name))[0]) for run in (out, expected, all_three)]
+        assert said[0] == said[1] != said[2]
     (line,) = (json.loads(text) for text in (out / "changes.jsonl").read_text().splitlines())
     assert line["public"] == public_fingerprint(begun.settings.data)
 
@@ -220,7 +235,10 @@ def test_one_client_gets_proxies_of_another_public_set_and_the_others_keep_their
 @pytest.mark.slow
 def test_what_was_kept_is_kept_in_the_next_change(with_more_public: tuple[Path, Changed], tmp_path: Path) -> None:
     begun = change(with_more_public[0], "remove", "greek", tmp_path / "run")
-    assert not begun.from_beginning
+    assert begun.said[0] == "taken over, and asked nothing: digits, arrows"
+    assert begun.said[1].startswith(
+        "digits, arrows keep proxies that were chosen out of an earlier public set: this is the model of no"
+    )
     assert begun.asked == {"digits": [], "arrows": []}
     assert asked_in_last_run(tmp_path / "run", 0)["profile"] == ["client", "audit-key"]
     assert list(asked_in_last_run(tmp_path / "run", 0)) == ["profile", "deliver"]
