@@ -19,6 +19,8 @@ def hub_error(setting: str, reference: str, error: Exception) -> HubError:
         remedy = "it is gated: accept its licence on the hub, and log in with 'hf auth login' or the variable HF_TOKEN"
     elif any(isinstance(c, HfHubHTTPError) and c.response is not None and c.response.status_code in (401, 404) for c in causes):
         remedy = "the hub has no such name, or not for you: check the spelling, or log in with 'hf auth login'"
+    elif setting == "push":
+        remedy = "the hub cannot be reached from here: the folder is whole, so copy it to where it can be, and push it there"
     else:
         remedy = "the hub cannot be reached from here: download it elsewhere, and give the folder in place of the hub id"
     return HubError(f"{setting} = {reference!r}: {remedy} ({type(error).__name__}: {str(error).splitlines()[0]})")

@@ -146,5 +146,10 @@ def test_a_pushed_model_is_the_folder(model: metamoe.Model, monkeypatch: pytest.
         Hub.refuse = True
         with pytest.raises(HubError, match="push = 'org/name'"):
             push_model(model.folder, "org/name", private=False)
+        monkeypatch.setattr(
+            "metamoe.export.HfApi", lambda: huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="hf_none")
+        )
+        with pytest.raises(HubError, match="cannot be reached from here: the folder is whole, so copy it"):
+            push_model(model.folder, "org/name", private=False)
     finally:
         server.shutdown()
