@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from metamoe.common.config.compute import DEVICE, Compute, Precision, Weights
-from metamoe.common.config.data import AnswerIs, Colour, Columns, Data, ListChoices, Splits
+from metamoe.common.config.data import AnswerIs, Colour, Columns, Data, ListChoices, Partition, Splits
 from metamoe.common.config.method import Experts, ExpertTraining, Lora, Privacy, Proxies, Router, RouterTraining
 from metamoe.common.config.section import Count, Name, NonNegative, Positive, Section
 from metamoe.common.errors import ProxyCountError
@@ -23,6 +23,7 @@ __all__ = [
     "Lora",
     "Metric",
     "NonNegative",
+    "Partition",
     "Positive",
     "Precision",
     "Proxies",

@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from metamoe.common.config import Data
 from metamoe.common.data.decode import read_picture, rgb
 from metamoe.common.data.hub import load_from_hub
+from metamoe.common.data.partition import OWNERS
 from metamoe.common.data.pictures import IMAGE_COLUMNS, LABEL_COLUMNS, Pictures, find_pictures
 from metamoe.common.data.splits import by_part
 from metamoe.common.errors import DataFormatError
@@ -91,7 +92,11 @@ def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
 
 def _from_folder(folder: Path, data: Data) -> dict[str, Dataset]:
     found = find_pictures(folder, data)
-    return {part: image_dataset(rows, found.names, data.background) for part, rows in found.parts.items() if rows}
+    parts = {part: image_dataset(rows, found.names, data.background) for part, rows in found.parts.items() if rows}
+    for part, owners in found.owners.items():
+        if part in parts:
+            parts[part] = parts[part].add_column(OWNERS, owners, feature=Value("string"))
+    return parts
 
 
 def _from_hub(hub: str, data: Data) -> dict[str, Dataset]:
@@ -107,8 +112,13 @@ def _from_hub(hub: str, data: Data) -> dict[str, Dataset]:
                 f"(data.image-column = {data.image_column!r}) and classes in one of {list(LABEL_COLUMNS)} (data.label-column "
                 f"= {data.label_column!r})"
             )
-        renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-        chosen = whole.select_columns([image, label]).rename_columns(renamed)
+        owner = data.partition.column if data.partition.column in whole.features else ""
+        named = {image: "image", label: "label"} | ({owner: OWNERS} if owner else {})
+        if owner in (image, label):
+            raise DataFormatError(f"data.partition.column = {owner!r} is the column of the images or the classes of {hub}")
+        chosen = whole.select_columns([*named]).rename_columns({old: new for old, new in named.items() if old != new})
+        if owner:
+            chosen = chosen.cast_column(OWNERS, Value("string"))
         if not isinstance(chosen.features["label"], ClassLabel):
             chosen = chosen.cast_column("label", Value("string"))
         # A part without labels is for a contest, not for us.

@@ -19,6 +19,8 @@ from metamoe.common.config import Data
 from metamoe.common.data.conversations import blocks_of, texts_of
 from metamoe.common.data.hub import load_from_hub
 from metamoe.common.data.layouts import INSTRUCTIONS, QUESTIONS, layout_of, mapped
+from metamoe.common.data.partition import OWNERS
+from metamoe.common.data.pictures import owner_of
 from metamoe.common.data.rows import Question, counted_from, question_of
 from metamoe.common.data.splits import by_part
 from metamoe.common.data.survey import Survey
@@ -108,6 +110,8 @@ def read_text(file: Path, data: Data) -> Read:
 def dataset_of(read: Read, data: Data) -> Dataset:
     """All samples that were read, in their order; there may be none."""
     features = TEXT_FEATURES if data.source == "text" else FEATURES
+    if data.partition.column:
+        features = Features({**features, OWNERS: Value("string")})
     return _dataset([sample for samples in read.samples for sample in samples], features)
 
 
@@ -160,8 +164,10 @@ def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
     samples: list[list[Question]] = []
     taken_for = Counter[str]()
     unsure: list[tuple[int, Row]] = []
+    owners: list[str | None] = []
     for place, row in rows:
         places.append(place)
+        owners.append(owner_of(row, data.partition.column))
         if data.source == "text":
             name, found = texts_of(row, place, data)
         else:
@@ -178,12 +184,14 @@ def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
         for number, row in unsure:
             if question := question_of(row, layout, places[number], data.list_choices):
                 samples[number] = [question]
+    if data.partition.column:
+        samples = [[sample | {OWNERS: owner} for sample in found] for found, owner in zip(samples, owners, strict=True)]
     left_out = [place for place, found in zip(places, samples, strict=True) if not found]
     return Read([found for found in samples if found], taken_for, left_out)
 
 
 def _dataset(samples: Sequence[Question], features: Features) -> Dataset:
-    return Dataset.from_dict({name: [sample[name] for sample in samples] for name in features}, features=features)
+    return Dataset.from_dict({name: [sample.get(name) for sample in samples] for name in features}, features=features)
 
 
 @lru_cache(maxsize=16)
