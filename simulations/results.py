@@ -85,6 +85,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
     results = {
         "preset": settings.preset,
         "seed": settings.seed,
+        "data": settings.data_sources,
         "model": summary["model"],
         "accuracy": accuracies,
         "public_accuracy": public,

@@ -72,6 +72,19 @@ class Settings(Section):
         return self.data.domains[client % len(self.data.domains)]
 
     @property
+    def data_sources(self) -> dict[str, str]:
+        """Where each set comes from, by name: a hub id with its commit, or a folder; of built-in data and of sets that only
+        clients have, nothing.
+        """
+        data = self.data
+        if data.source == "glyphs":
+            return {}
+        own = data.domains if data.private == "built-in" else ()
+        if data.folder:
+            return {"public": data.public, **{name: name for name in own}}
+        return {"public": data.public_hub, **dict(zip(own, data.hub, strict=False))}
+
+    @property
     def by_shape(self) -> bool:
         """Whether clients say their shape beside their mean, and decisions are by Gaussians."""
         had = self.router.vectors == "seed" and self.router.rows == "fisher" and self.privacy.vectors == "none"

@@ -80,6 +80,11 @@ class Data(Section):
     public: str = Field("public", description="name of the public set in data.folder")
     hub: tuple[str, ...] = Field((), description="hub ids of the domains, in their order")
     public_hub: str = Field("", description="hub id of the public set")
+    streaming: bool = Field(
+        False,
+        description="leave the pictures of data.public-hub at the hub, and fetch each when it is used: for a set larger than "
+        "the disk (source = images, Parquet files)",
+    )
     domains: tuple[Name, ...] = Field(
         ("digits", "greek", "arrows"), min_length=1, description="of the source; with private = own any names, one a client"
     )
@@ -137,6 +142,8 @@ class Data(Section):
             raise ValueError(f"data.test-corruptions is for data.source = glyphs, not {self.source}")
         if self.is_text and self.public_without:
             raise ValueError(f"data.public-without goes by class names, and data.source = {self.source} has none")
+        if self.streaming and (self.source != "images" or self.folder or not self.public_hub):
+            raise ValueError("data.streaming = true is for data.source = images with data.public-hub and without data.folder")
         way = self.partition
         if way.kind != "dirichlet" and self.private == "own":
             raise ValueError(f"data.partition.kind = {way.kind} with data.private = own, where each client has its own data")

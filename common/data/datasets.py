@@ -19,8 +19,9 @@ from metamoe.common.data import glyphs
 from metamoe.common.data.images import load_images
 from metamoe.common.data.partition import divided
 from metamoe.common.data.questions import load_questions, with_distractors
+from metamoe.common.data.stream import Streamed, file_of
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
-from metamoe.common.files import cache_folder, write_atomically
+from metamoe.common.files import cache_folder, made_once
 
 
 @lru_cache(maxsize=2)
@@ -186,25 +187,21 @@ def public_fingerprint(data: Data) -> str:
     decodes all of it.
     """
     public = load_public(data)
-    files = [(file, stat.st_size, stat.st_mtime_ns) for file in _files_of(public) for stat in [Path(file).stat()]]
+    files = _files_of(public)
     if not files:
         return fingerprint(public)
     # All settings, as many decide what a sample is; it is no loss that some do not.
     own = {"workers", "hub", "domains", "dirichlet", "partition", "private_samples", "test_samples"}
     made_of = data.model_dump_json(exclude=own)
-    key = hashlib.sha256(json.dumps([version("metamoe-fl"), made_of, files]).encode()).hexdigest()
-    kept = cache_folder() / "fingerprints" / key[:32]
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, fingerprint(public))
-    return kept.read_text()
+    return made_once("fingerprints", [made_of], files, lambda: fingerprint(public))
 
 
 def _files_of(dataset: Dataset) -> list[str]:
     """The files that hold a data set: tables, or the images that a table in memory names."""
     if dataset.cache_files or "image" not in dataset.features:
         return [entry["filename"] for entry in dataset.cache_files]
-    return [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    paths = [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    return sorted(set(map(file_of, paths))) if isinstance(dataset.features["image"], Streamed) else paths
 
 
 def _random_part(data: Dataset, size: int, rng: np.random.Generator) -> Dataset:
