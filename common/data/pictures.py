@@ -46,7 +46,8 @@ class _Row(NamedTuple):
 
 
 def find_pictures(folder: Path, data: Data) -> Found:
-    """The pictures of a set in a folder, which has ``train`` with a folder for each class, or tables of paths and labels.
+    """The pictures of a set in a folder, which has ``train`` with a folder for each class, or folders of at least two classes
+    alone, or tables of paths and labels.
 
     Tables are files named after the set's parts, such as ``train.csv`` and ``test.csv``, or one of any name, which may have a
     column ``split``.
@@ -59,6 +60,9 @@ def find_pictures(folder: Path, data: Data) -> Found:
     parts = part_folders(folder, data.splits) if not any(part_of(table.name, data.splits) for table in tables) else {}
     if tables and not (parts.get("train") and class_folders(parts["train"])):
         return _by_tables(folder, tables, data)
+    if not parts and len(class_folders(folder)) > 1:
+        # Not divided: as a table or a file of questions that is not, all of it trains but for what is cut off.
+        parts = {"train": folder}
     names = classes_of_parts(folder, parts)
     pictures: dict[str, list[tuple[Pictures, int]]] = {}
     ignored: dict[str, list[Path]] = defaultdict(list)
