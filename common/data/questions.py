@@ -5,6 +5,7 @@ texts) and ``answer`` (index of the right one). What is no question has one choi
 ``turns``: what was said before it, from which a chat template makes the prompt, where the tokenizer has one.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -220,19 +221,25 @@ def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
 
 
 def _from_folder(folder: Path, data: Data) -> dict[str, list[list[Question]]]:
-    return {
-        part: [samples for file in files for samples in read_text(file, data).samples]
-        for part, files in text_files(folder, data).items()
-    }
+    read = {part: [read_text(file, data) for file in files] for part, files in text_files(folder, data).items()}
+    return _samples(read, str(folder))
 
 
 def _from_hub(hub: str, data: Data) -> dict[str, list[list[Question]]]:
     found = load_from_hub(hub)
 
-    def read(name: str) -> list[list[Question]]:
+    def read(name: str) -> Read:
         rows: Iterable[tuple[str, Any]] = ((f"{hub}, {name}, row {i}", row) for i, row in enumerate(found[name]))
-        return _read(rows, data, f"{hub}, {name}").samples
+        return _read(rows, data, f"{hub}, {name}")
 
-    return {
-        part: [samples for name in names for samples in read(name)] for part, names in by_part(found, data.splits, hub).items()
-    }
+    parts = by_part(found, data.splits, hub)
+    return _samples({part: [read(name) for name in names] for part, names in parts.items()}, hub)
+
+
+def _samples(read: Mapping[str, list[Read]], where: str) -> dict[str, list[list[Question]]]:
+    """What was read by part; what was left out is said."""
+    if left_out := [place for there in read.values() for found in there for place in found.left_out]:
+        logging.getLogger("metamoe").info(
+            "%s: %d rows are left out, without a label or an answer, the first of them %s", where, len(left_out), left_out[0]
+        )
+    return {part: [samples for found in there for samples in found.samples] for part, there in read.items()}

@@ -349,6 +349,23 @@ def test_folders_of_classes_alone_are_divided_by_fractions(tmp_path: Path) -> No
         examine(tmp_path / "flat", Data())
 
 
+@hypothesis_settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kinds=st.lists(st.sampled_from(["good", "damaged", "no picture", "of the system"]), min_size=1, max_size=8))
+def test_every_file_of_a_folder_is_used_or_named(tmp_path_factory: pytest.TempPathFactory, kinds: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    whole = picture(folder, "train/cat/whole.png").read_bytes()
+    names = {"good": "png", "damaged": "png", "no picture": "txt", "of the system": "db"}
+    for number, kind in enumerate(kinds):
+        name = "Thumbs.db" if kind == "of the system" else f"{number}.{names[kind]}"
+        (folder / "train" / f"class {number}").mkdir()
+        (folder / "train" / f"class {number}" / name).write_bytes(whole if kind == "good" else whole[:40])
+    looked = survey(find_pictures(folder, Data()), Data())
+    assert sum(looked.counts["train"].values()) == 1 + kinds.count("good")
+    assert len(looked.unreadable) == len(looked.wrong) == kinds.count("damaged")
+    ignored = sum(len(files) for what, files in looked.unusual.items() if what.startswith("ignored"))
+    assert ignored == kinds.count("no picture") + kinds.count("of the system")
+
+
 def test_folders_that_differ_in_case_or_form_alone_are_refused(tmp_path: Path) -> None:
     for first, second in (("Dog", "dog"), ("Cafe\u0301", "Caf\u00e9")):
         folder = tmp_path / first
