@@ -73,9 +73,12 @@ def run_simulation(
         HubError: a data set's commit cannot be found.
         MetaMoEError: what :func:`prepare` finds, and what stops the run.
     """
+    # Loaded here: help and a wrong setting answer at once.
+    from metamoe.common.data.hub import pinned
+
     _check_folder(folder, overwrite)
     check_services(track)
-    settings = _at_commits(settings)
+    settings = pinned(settings)
     if console:
         what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
         console.print(f"{what} -> {folder}", soft_wrap=True)
@@ -119,13 +122,6 @@ def resume_simulation(folder: Path, console: Console | None = None, track: Seque
         show_standing(folder, settings, console)
     check_services(track)
     return _run(settings, folder, backend, _prepared(settings, backend, console), console, track)
-
-
-def _at_commits(settings: Settings) -> Settings:
-    """With the commit of each set from a hub, which all processes and a resumed run read."""
-    from metamoe.common.data.hub import pinned
-
-    return pinned(settings)
 
 
 def _prepared(settings: Settings, backend: Backend, console: Console | None) -> Placement:

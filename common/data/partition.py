@@ -1,7 +1,7 @@
 """One domain's training samples divided among the clients that share it, in the ways that the field uses.
 
-flwr-datasets has the same ways. Its newest version needs datasets below 5, and with it a hub client of the version before, for
-everything else too; and its Dirichlet draws other numbers than those behind the published tables.
+flwr-datasets has the same ways. Version 0.6.1, the newest, needs datasets below 5, and with it an older hub client, for all
+else too; and its Dirichlet draws other numbers than those behind the published tables.
 """
 
 from collections.abc import Sequence
