@@ -1,7 +1,7 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
-``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, serving, bytes, start, audit, gateway,
-scale. ``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its
+``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, serving, bytes, start, folder, audit,
+gateway, scale. ``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its
 programme on a CPU at reduced shapes.
 """
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.audit import audit_cost
+from benchmarks.folder import folder_cost
 from benchmarks.forward import compiled_cost, forward_cost
 from benchmarks.gateway import gateway_cost
 from benchmarks.generation import generation_cost, serving_cost
@@ -37,6 +38,7 @@ PARTS: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "serving": [("requests that a server answers, a few minutes", serving_cost)],
     "bytes": [("bytes that a client sends", bytes_up)],
     "start": [("start-up", start_up)],
+    "folder": [("100,000 pictures, some minutes", folder_cost)],
     "audit": [("a run of preset glyphs, a few minutes", audit_cost)],
     "gateway": [("deployed runs with gateways and without, some ten minutes", gateway_cost)],
     "scale": [("1,000 clients, some minutes", many_clients), ("1, 10 and 100 clients that train, some minutes", more_clients)],

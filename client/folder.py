@@ -23,6 +23,7 @@ from metamoe.common.data.pictures import Found, find_pictures
 from metamoe.common.data.questions import Read, dataset_of, read_text, text_files, text_survey
 from metamoe.common.data.survey import Survey, survey
 from metamoe.common.errors import DataFormatError, InputFileError, PrivateDataError
+from metamoe.common.files import made_once
 
 _NEEDED = (("train", "train on"), ("test", "test on"))
 
@@ -88,8 +89,18 @@ def read_folder(folder: Path, split: str, data: Data) -> Dataset:
     pictures = found.parts.get(split)
     if not pictures:
         raise PrivateDataError(f"{folder} has no images for {split}; put them into {folder / split}, a folder for each class")
-    if bad := survey(replace(found, parts={split: pictures}, ignored={}), data).wrong:
-        raise PrivateDataError(f"{bad[0]} ({len(bad)} of {len(pictures)} cannot be read); remove or replace it")
+
+    def looked_at() -> str:
+        if bad := survey(replace(found, parts={split: pictures}, ignored={}), data).wrong:
+            raise PrivateDataError(f"{bad[0]} ({len(bad)} of {len(pictures)} cannot be read); remove or replace it")
+        return ""
+
+    # Every stage reads them; who looked once need not decode all of them again.
+    files = [picture for picture, _ in pictures if isinstance(picture, str)]
+    if len(files) == len(pictures):
+        made_once("looked-at", [data.background], files, looked_at)
+    else:
+        looked_at()
     return image_dataset(pictures, found.names, data.background)
 
 

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,32 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What :func:`write_json` wrote."""
     return json.loads(path.read_text())
+
+
+def made_once(kind: str, settings: Sequence[object], files: Iterable[str], make: Callable[[], str]) -> str:
+    """What is made of files, from the cache unless one of them has changed by its size or time; of a file at a hub, whose name
+    has its commit, nothing more is asked.
+
+    Args:
+        kind: of what is made.
+        settings: all else that decides it, as JSON has it.
+        files: paths, or addresses.
+        make: makes it; if that fails, nothing is kept.
+    """
+    made_of = [version("metamoe-fl"), *settings, [(file, *_state(file)) for file in files]]
+    kept = cache_folder() / kind / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    if not kept.is_file():
+        found = make()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, found)
+    return kept.read_text()
+
+
+def _state(file: str) -> tuple[int, int]:
+    if "://" in file:
+        return 0, 0
+    stat = Path(file).stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from metamoe.common.config import Data, Settings
 from metamoe.common.data.datasets import check_domains, load_domain, load_public
 from metamoe.common.data.hub import hub_name
 from metamoe.common.data.pictures import find_pictures
+from metamoe.common.data.questions import text_files, text_survey
 from metamoe.common.data.survey import survey
 from metamoe.common.errors import MetaMoEError
 from metamoe.common.files import cache_folder
@@ -96,6 +97,8 @@ def _local_data(settings: Settings) -> Iterator[Finding]:
             yield Finding(domain, str(error), False)
     if data.source == "images":
         yield from _pictures(data)
+    elif data.is_text:
+        yield from _texts(data)
 
 
 def _pictures(data: Data) -> Iterator[Finding]:
@@ -108,6 +111,17 @@ def _pictures(data: Data) -> Iterator[Finding]:
             continue
         yield from (Finding(name, wrong, False) for wrong in looked.wrong)
         yield from (Finding(name, f"{len(files)} {what}: {some(files)}", True) for what, files in looked.unusual.items())
+
+
+def _texts(data: Data) -> Iterator[Finding]:
+    """Which rows of each set are left out."""
+    for name in (data.public, *(data.domains if data.private == "built-in" else ())):
+        try:
+            looked, _ = text_survey(text_files(Path(data.folder) / name, data), data)
+        except MetaMoEError:
+            # Said above, of the set.
+            continue
+        yield from (Finding(name, f"{len(rows)} {what}: {some(rows)}", True) for what, rows in looked.unusual.items())
 
 
 def _hub_data(settings: Settings) -> Iterator[Finding]:

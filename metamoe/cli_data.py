@@ -1,21 +1,22 @@
 """The commands ``metamoe data``: for whoever brings data."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from metamoe.common.errors import InvalidSettingError
-from metamoe.options import Set, console, json_option, log, notes, put_json, settings_of
+from metamoe.options import DataDir, Set, console, json_option, log, notes, put_json, settings_of
 from metamoe.show import show_table, some
 
-data = typer.Typer(no_args_is_help=True, help="For whoever brings data: what it is taken for.")
+if TYPE_CHECKING:
+    from metamoe.division import Share
 
+_BAR = 20
 
-@data.callback()
-def _group() -> None:
-    """Keep the name of a single command."""
+data = typer.Typer(no_args_is_help=True, help="For whoever brings data: what it is taken for, and how it is divided.")
 
 
 @data.command()
@@ -71,3 +72,63 @@ def check(
         console.print(f"wrong: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if looked.wrong:
         raise typer.Exit(1)
+
+
+@data.command()
+def partition(
+    preset: Annotated[str, typer.Option(help="Preset or TOML file of settings.")] = "glyphs",
+    set_: Set = None,
+    data_dir: DataDir = None,
+    clients: Annotated[int | None, typer.Option(help="Number of simulated clients.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Draw who has what of each class.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="File to write the drawing to: .png, .svg or .pdf.")] = None,
+    as_json: Annotated[bool, json_option("shares (client, domain, owner, samples, counts by class), left-over")] = False,
+) -> None:
+    """Say how training samples are divided among simulated clients (data.partition), before anything is trained. The exit code
+    is that of the error if a client would have nothing.
+    """
+    overrides = [*(set_ or []), *([f"clients={clients}"] if clients is not None else [])]
+    settings = settings_of(preset, overrides, data_dir)
+    from metamoe import division
+
+    with notes.status("dividing"):
+        found = list(division.shares(settings))
+    if picture:
+        division.picture(found, picture)
+        log.info("%s shows %d clients", picture, len(found))
+    left_over = division.left_over(found)
+    if as_json:
+        fields = ("client", "domain", "owner", "samples", "counts")
+        put_json({"shares": [{name: getattr(s, name) for name in fields} for s in found], "left-over": left_over})
+    else:
+        _show_shares(found)
+        if show:
+            _draw_shares(found)
+        for domain, (count, whole) in left_over.items():
+            console.print(f"{domain}: {count:,} of {whole:,} training samples are no client's", highlight=False)
+    division.check_shares(found)
+
+
+def _show_shares(found: "Sequence[Share]") -> None:
+    """A table with a row for each client."""
+    owned, classes = any(share.owner for share in found), any(len(share.whole) > 1 for share in found)
+    header = ["client", "domain", *(["whose"] if owned else []), "samples", *(["classes"] if classes else [])]
+    rows = []
+    for share in found:
+        numbers = [f"{share.samples:,}", *([f"{share.classes} of {len(share.whole)}"] if classes else [])]
+        rows.append([share.client, share.domain, *([share.owner] if owned else []), *numbers])
+    show_table(console, header, rows)
+
+
+def _draw_shares(found: "Sequence[Share]") -> None:
+    """A line for each client: how much of each class it has, and a bar of its samples."""
+    from metamoe.division import strip
+
+    width, most = max(len(share.client) for share in found), max(share.samples for share in found)
+    for domain in dict.fromkeys(share.domain for share in found):
+        console.print(f"\n{domain}: from nothing of a class to all of it, █; then samples", highlight=False, markup=False)
+        for share in found:
+            if share.domain == domain:
+                bar = "█" * round(_BAR * share.samples / max(1, most))
+                line = f"{share.client:<{width}} |{strip(share)}| {bar} {share.samples:,}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)

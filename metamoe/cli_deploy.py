@@ -112,6 +112,9 @@ def run(
     target = (out or folder / "runs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}").absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputFileError(f"--out {target} is not an empty folder; give another one")
+    from metamoe.common.data.hub import pinned
+
+    settings = pinned(settings)
     write_atomically(target / "settings.toml", to_toml(settings))
     follow(folder, settings, target)
 

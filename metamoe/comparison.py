@@ -155,10 +155,11 @@ def run_comparison(
     wanted = chosen(settings, methods or ([REFERENCE] if ablations else ["all"]), ablations)
     _check_folder(folder)
     # Only now, so that what is wrong is said at once.
+    from metamoe.common.data.hub import pinned
     from metamoe.simulations.benchmark.report import write_report
     from metamoe.simulations.benchmark.run import Plan, run_benchmark
 
-    plan = Plan(settings, tuple(wanted), tuple(range(seeds)), folder, command)
+    plan = Plan(pinned(settings), tuple(wanted), tuple(range(seeds)), folder, command)
     if console:
         console.print(f"preset {settings.preset}: {len(wanted)} methods x {seeds} seeds -> {folder}", soft_wrap=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())

@@ -1,21 +1,21 @@
 """What a file or a folder is taken for, before anybody trains on it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from metamoe.common.config import Data
 from metamoe.common.data.conversations import TEXTS
-from metamoe.common.data.folders import class_folders, part_folders
+from metamoe.common.data.folders import SUFFIXES, class_folders, part_folders
 from metamoe.common.data.layouts import QUESTIONS, layout_of, mapped
 from metamoe.common.data.pictures import IMAGE_COLUMNS, LABEL_COLUMNS, Found, find_pictures, pictures_at
 from metamoe.common.data.questions import Read, dataset_of, text_files, text_survey
 from metamoe.common.data.survey import Survey, survey
 from metamoe.common.data.tables import read_rows, table_kind, tables_in
 from metamoe.common.data.text import tokenised
-from metamoe.common.errors import InputFileError
+from metamoe.common.errors import DataFormatError, InputFileError
 from metamoe.common.model.seed import Seed
 
 _PROMPTS = 3
@@ -65,11 +65,16 @@ def examine(path: Path, data: Data, seed: Seed | None = None) -> Examined:
     chosen = data.model_copy(update={"source": source})
     if source == "images":
         divided = path.is_dir() and (tables_in(path) or part_folders(path, data.splits))
-        found = find_pictures(path, chosen) if divided else pictures_at(path, chosen)
+        found = find_pictures(path, chosen) if divided else _undivided(path, chosen)
         return Examined(source, survey(found, chosen), pictures=found)
     files = text_files(path, chosen) if path.is_dir() else {"train": [path]}
     looked, reads = text_survey(files, chosen)
     return Examined(source, looked, list(_prompts(reads, chosen, seed)))
+
+
+def _undivided(path: Path, data: Data) -> Found:
+    found = pictures_at(path, data)
+    return replace(found, parts={"train" if path.is_dir() else "all": found.parts["test"]})
 
 
 def _source(path: Path, data: Data) -> str:
@@ -77,7 +82,14 @@ def _source(path: Path, data: Data) -> str:
     if path.is_dir():
         places = [path, *part_folders(path, data.splits).values()]
         if not (tables := tables_in(path)):
-            return "images" if any(map(class_folders, places)) else "text"
+            if any(map(class_folders, places)):
+                return "images"
+            if loose := [file for file in path.glob("*") if file.suffix.lower() in SUFFIXES]:
+                raise DataFormatError(
+                    f"{path} has {len(loose)} pictures in no folder of a class; put them into folders such as "
+                    f"{path / 'CLASS NAME'}, or beside a table of paths and labels, train.csv"
+                )
+            return "text"
         path = tables[0]
     if not table_kind(path):
         return "text"

@@ -38,6 +38,12 @@ class RunResults(_Part):
     public_accuracy: dict[str, float] = Field(description="of each method on the held-out public samples, %")
     metrics: dict[str, dict[str, Metrics]] = Field({}, description="of each method on each domain and the public samples")
     worst_domain: dict[str, str] = Field({}, description="of each method the domain on which it is worst")
+    client_accuracy: dict[str, dict[str, float]] = Field(
+        {},
+        description="of each method for each client: on its domain's tests, weighted by the client's own classes, %",
+    )
+    worst_client: dict[str, str] = Field({}, description="of each method the client for whom it is worst")
+    data: dict[str, str] = Field({}, description="of each set the hub id with its commit, or the folder; of built-in data none")
     routing: dict[str, dict[str, float]] = Field(description="of each domain's tokens the share that went to each expert")
     clients: list[ClientTransfer]
     missing: list[MissingClient]

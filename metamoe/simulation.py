@@ -70,10 +70,15 @@ def run_simulation(
 
     Raises:
         InputFileError, InvalidSettingError: the folder cannot take a run, or a service cannot be told.
+        HubError: a data set's commit cannot be found.
         MetaMoEError: what :func:`prepare` finds, and what stops the run.
     """
+    # Loaded here: help and a wrong setting answer at once.
+    from metamoe.common.data.hub import pinned
+
     _check_folder(folder, overwrite)
     check_services(track)
+    settings = pinned(settings)
     if console:
         what = f"preset {settings.preset}, {settings.clients} clients, seed {settings.seed}, {backend}"
         console.print(f"{what} -> {folder}", soft_wrap=True)

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError, MetaMoEError, RunFailedError, by_code
@@ -48,11 +50,22 @@ def prepare(settings: Settings, on_ray: bool) -> Placement:
     check_domains(settings.data)
     for split in ("train", "test"):
         load_public(settings.data, split)
+    given: Counter[str] = Counter()
     for client in settings.members:
-        load_private(settings, client, "train")
+        given[settings.client_domain(client)] += len(load_private(settings, client, "train"))
     for domain in settings.data.domains:
         load_domain(settings.data, domain, "test")
-    return placement
+    return replace(placement, warnings=[*placement.warnings, *_left_over(settings, given)])
+
+
+def _left_over(settings: Settings, given: Mapping[str, int]) -> Iterator[str]:
+    """Which domains have classes that were dealt to no client."""
+    from metamoe.common.data.datasets import load_domain
+
+    if settings.data.partition.kind == "pathological" and not settings.data.private_samples and not settings.without:
+        for domain, count in given.items():
+            if rest := len(load_domain(settings.data, domain, "train")) - count:
+                yield f"data.partition.kind = pathological leaves {rest:,} training samples of {domain!r} to no client"
 
 
 def prepare_apart(settings: Settings) -> Placement:

@@ -1,6 +1,7 @@
 """The table of a run: every method on every domain, from what the run left on disk."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
@@ -18,6 +19,7 @@ from metamoe.common.model.artifact import load_model, write_card
 from metamoe.common.model.batch import Scores
 from metamoe.common.model.lora import load_adapter, with_lora
 from metamoe.simulations.benchmark.tables import table
+from metamoe.simulations.clients import Right, by_client, class_counts
 from metamoe.simulations.evaluate import PUBLIC, answers_and_routing, dense, test_sets
 
 UNIFIED = "metamoe"
@@ -62,6 +64,7 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
 
     accuracies: dict[str, dict[str, float]] = {method: {} for method in methods}
     metrics: dict[str, dict[str, Metrics]] = {method: {} for method in methods}
+    right: dict[str, dict[str, list[Right]]] = {method: defaultdict(list) for method in methods}
     routing: dict[str, dict[str, float]] = {}
     with threads(settings.compute.server_threads), loaded.seed.place.computing():
         sets = test_sets(settings.seed_model, loaded.seed.place, settings.data)
@@ -74,22 +77,29 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
                 routing[test.name] = {name: round(float(share), 4) for name, share in shares}
             else:
                 found = answered(methods[method], test.samples)
+            answers = test.samples.answers
+            right[method][test.domain].append((found.chosen.eq(answers).numpy(), answers.numpy()))
             metrics[method][test.name] = metrics_of(found, test.samples)
             accuracies[method][test.name] = metrics[method][test.name].accuracy
         progress(len(pairs), len(pairs))
     public = {method: by_set.pop(PUBLIC) for method, by_set in accuracies.items()}
     del routing[PUBLIC]
     worst = {method: min(by_domain, key=by_domain.__getitem__) for method, by_domain in accuracies.items()}
+    counts = class_counts(settings)
+    clients = {method: by_client(settings, counts, by_set) for method, by_set in right.items()}
     for by_domain in accuracies.values():
         by_domain["average"] = round(sum(by_domain.values()) / len(by_domain), 2)
     results = {
         "preset": settings.preset,
         "seed": settings.seed,
+        "data": settings.data_sources,
         "model": summary["model"],
         "accuracy": accuracies,
         "public_accuracy": public,
         "metrics": {m: {name: _plain(found) for name, found in by_set.items()} for m, by_set in metrics.items()},
         "worst_domain": worst,
+        "client_accuracy": clients,
+        "worst_client": {method: min(found, key=found.__getitem__) for method, found in clients.items()},
         "routing": routing,
         "clients": summary["clients"],
         "missing": summary["missing"],
@@ -102,18 +112,27 @@ def write_results(settings: Settings, out: Path, progress: Callable[[int, int], 
 
 
 def accuracy_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of methods: its header and its rows."""
+    """The table of methods: its header and its rows. Where several clients share a domain, the worst of them has a column."""
     domains = list(results["routing"])
+    found = results.get("client_accuracy", {})
+    shared = any(len(clients) > len(domains) for clients in found.values())
+
+    def worst_client(method: str) -> list[str]:
+        name = results["worst_client"][method] if shared else ""
+        return [f"{found[method][name]:.1f} ({name})"] if shared else []
+
     rows = [
         [
             method,
             *(f"{by_domain[d]:.1f}" for d in [*domains, "average"]),
             f"{results['public_accuracy'][method]:.1f}",
             f"{min(by_domain.values()):.1f} ({results['worst_domain'][method]})",
+            *worst_client(method),
         ]
         for method, by_domain in results["accuracy"].items()
     ]
-    return ["method", *domains, "average", "public, held out", "worst domain"], rows
+    header = ["method", *domains, "average", "public, held out", "worst domain"]
+    return [*header, *(["worst client"] if shared else [])], rows
 
 
 def shown_metrics(settings: Settings) -> list[Metric]:

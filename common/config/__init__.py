@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from metamoe.common.config.compute import DEVICE, Compute, Precision, Weights
-from metamoe.common.config.data import AnswerIs, Colour, Columns, Data, ListChoices, Splits
+from metamoe.common.config.data import AnswerIs, Colour, Columns, Data, ListChoices, Partition, Splits
 from metamoe.common.config.method import Experts, ExpertTraining, Lora, Privacy, Proxies, Router, RouterTraining
 from metamoe.common.config.section import Count, Name, NonNegative, Positive, Section
 from metamoe.common.errors import ProxyCountError
@@ -23,6 +23,7 @@ __all__ = [
     "Lora",
     "Metric",
     "NonNegative",
+    "Partition",
     "Positive",
     "Precision",
     "Proxies",
@@ -69,6 +70,19 @@ class Settings(Section):
     def client_domain(self, client: int) -> str:
         """Domain of client number ``client``: the domains in turn."""
         return self.data.domains[client % len(self.data.domains)]
+
+    @property
+    def data_sources(self) -> dict[str, str]:
+        """Where each set comes from, by name: a hub id with its commit, or a folder; of built-in data and of sets that only
+        clients have, nothing.
+        """
+        data = self.data
+        if data.source == "glyphs":
+            return {}
+        own = data.domains if data.private == "built-in" else ()
+        if data.folder:
+            return {"public": data.public, **{name: name for name in own}}
+        return {"public": data.public_hub, **dict(zip(own, data.hub, strict=False))}
 
     @property
     def by_shape(self) -> bool:

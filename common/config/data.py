@@ -48,6 +48,21 @@ class Columns(Section):
         return self
 
 
+class Partition(Section):
+    """How clients that share a domain divide what trains of it; tests and validation are of the whole domain."""
+
+    kind: Literal["dirichlet", "iid", "pathological", "natural", "sizes"] = Field(
+        "dirichlet",
+        description="dirichlet: each class by a draw, data.dirichlet; iid: evenly; pathological: few classes each; natural: "
+        "each value of a column is a client, such as a writer or a hospital; sizes: as large as they say",
+    )
+    classes: Count = Field(2, description="of each client, with kind = pathological")
+    column: str = Field("", description="of a table, a file or a hub set, with kind = natural")
+    sizes: tuple[Positive, ...] = Field(
+        (), description="of the clients of each domain, relative to each other, with kind = sizes: [1, 2, 4]"
+    )
+
+
 class Data(Section):
     """Where the public set and the private domains come from."""
 
@@ -65,6 +80,11 @@ class Data(Section):
     public: str = Field("public", description="name of the public set in data.folder")
     hub: tuple[str, ...] = Field((), description="hub ids of the domains, in their order")
     public_hub: str = Field("", description="hub id of the public set")
+    streaming: bool = Field(
+        False,
+        description="leave the pictures of data.public-hub at the hub, and fetch each when it is used: for a set larger than "
+        "the disk (source = images, Parquet files)",
+    )
     domains: tuple[Name, ...] = Field(
         ("digits", "greek", "arrows"), min_length=1, description="of the source; with private = own any names, one a client"
     )
@@ -72,6 +92,7 @@ class Data(Section):
         (), description="names of the classes of the clients' own data, as far as they are not public; known to all"
     )
     dirichlet: Positive = Field(1.0, description="concentration of the class mix when several clients share a domain")
+    partition: Partition = Partition()
     public_samples: int = Field(0, ge=0, description="size of a random part of the public set to use; 0 is all of it")
     private_samples: int = Field(0, ge=0, description="largest number of training samples of a client; 0 is no limit")
     test_samples: int = Field(0, ge=0, description="largest number of samples that a set is evaluated on; 0 is no limit")
@@ -121,6 +142,19 @@ class Data(Section):
             raise ValueError(f"data.test-corruptions is for data.source = glyphs, not {self.source}")
         if self.is_text and self.public_without:
             raise ValueError(f"data.public-without goes by class names, and data.source = {self.source} has none")
+        if self.streaming and (self.source != "images" or self.folder or not self.public_hub):
+            raise ValueError("data.streaming = true is for data.source = images with data.public-hub and without data.folder")
+        way = self.partition
+        if way.kind != "dirichlet" and self.private == "own":
+            raise ValueError(f"data.partition.kind = {way.kind} with data.private = own, where each client has its own data")
+        if way.kind == "natural" and not way.column:
+            raise ValueError("data.partition.kind = natural needs data.partition.column, such as writer or hospital")
+        if way.column and way.kind != "natural":
+            raise ValueError(f"data.partition.column = {way.column!r} is for data.partition.kind = natural, not {way.kind}")
+        if way.kind == "natural" and self.source == "glyphs":
+            raise ValueError("data.partition.kind = natural goes by a column, and data.source = glyphs has none")
+        if way.kind == "sizes" and not way.sizes:
+            raise ValueError("data.partition.kind = sizes needs data.partition.sizes, such as [1, 2, 4]")
         if "{}" not in self.prompt:
             raise ValueError(f"prompt = {self.prompt!r} has no {{}} for the class name")
         return self

@@ -17,9 +17,11 @@ from datasets import Dataset, Image, disable_progress_bars, enable_progress_bars
 from metamoe.common.config import Data, Settings
 from metamoe.common.data import glyphs
 from metamoe.common.data.images import load_images
+from metamoe.common.data.partition import divided
 from metamoe.common.data.questions import load_questions, with_distractors
+from metamoe.common.data.stream import Streamed, file_of
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
-from metamoe.common.files import cache_folder, write_atomically
+from metamoe.common.files import cache_folder, made_once
 
 
 @lru_cache(maxsize=2)
@@ -52,7 +54,8 @@ def _public(data: Data, split: str) -> Dataset:
 def load_private(settings: Settings, client: int, split: str) -> Dataset:
     """The private samples of one client; validation and test parts are its whole domain's.
 
-    With more clients than domains the training part is divided among the clients of a domain, see :func:`partition`.
+    With more clients than domains the training part is divided among the clients of a domain, see
+    :func:`metamoe.common.data.partition.divided`.
 
     Raises:
         EmptyPartitionError: nothing is left for this client.
@@ -64,20 +67,23 @@ def load_private(settings: Settings, client: int, split: str) -> Dataset:
         data = data if len(rows) == len(data) else data.select(rows)
     if len(data) == 0:
         owners = len(_owners(settings, client))
+        kind = settings.data.partition.kind
+        way, remedy = f"data.partition.kind = {kind}", "another kind"
+        if kind == "dirichlet":
+            way, remedy = f"data.dirichlet = {settings.data.dirichlet}", "a larger value"
         raise EmptyPartitionError(
             f"client {settings.client_names[client]!r} has no training samples: {owners} clients share {domain!r} at "
-            f"data.dirichlet = {settings.data.dirichlet}; use fewer clients or a larger value"
+            f"{way}; use fewer clients or {remedy}"
         )
     return data
 
 
 def private_rows(settings: Settings, client: int, domain: Dataset) -> np.ndarray:
     """Which rows of its domain's training part are a client's, in their order. int64 [N]."""
-    rows, owners = np.arange(len(domain)), _owners(settings, client)
-    if len(owners) > 1:
-        rng = np.random.default_rng([settings.seed, settings.data.domains.index(settings.client_domain(client))])
-        labels = np.asarray(domain["label"]) if "label" in domain.features else np.zeros(len(domain), dtype=int)
-        rows = partition(labels, len(owners), settings.data.dirichlet, rng)[owners.index(client)]
+    name, owners, rows = settings.client_domain(client), _owners(settings, client), np.arange(len(domain))
+    if len(owners) > 1 or settings.data.partition.kind not in ("dirichlet", "iid"):
+        rng = np.random.default_rng([settings.seed, settings.data.domains.index(name)])
+        rows = divided(domain, name, settings.data, len(owners), rng)[owners.index(client)]
     return rows[_random_rows(len(rows), settings.data.private_samples, np.random.default_rng([settings.seed, client]))]
 
 
@@ -157,28 +163,6 @@ def label_space(*parts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for names in parts for name in names))
 
 
-def partition(labels: np.ndarray, parts: int, concentration: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Divide samples among ``parts`` so that each class is spread by a draw from a symmetric Dirichlet distribution.
-
-    Args:
-        labels: int [N].
-        parts: number of parts.
-        concentration: of the Dirichlet distribution; small values give every part few classes.
-        rng: source of randomness.
-
-    Returns:
-        Sorted row numbers of each part; together they are every row once. A part can be empty.
-    """
-    rows: list[list[int]] = [[] for _ in range(parts)]
-    for label in np.unique(labels):
-        of_class = rng.permutation(np.flatnonzero(labels == label))
-        shares = rng.dirichlet(np.full(parts, concentration))
-        cuts = (np.cumsum(shares)[:-1] * len(of_class)).round().astype(int)
-        for part, chunk in zip(rows, np.split(of_class, cuts), strict=True):
-            part.extend(chunk.tolist())
-    return [np.array(sorted(part), dtype=np.int64) for part in rows]
-
-
 def fingerprint(dataset: Dataset) -> str:
     """Content hash of a data set: SHA-256 over the class names and every image's size, pixels and label, or over every
     question, in order.
@@ -227,24 +211,21 @@ def public_fingerprint(data: Data) -> str:
     decodes all of it.
     """
     public = load_public(data)
-    files = [(file, stat.st_size, stat.st_mtime_ns) for file in _files_of(public) for stat in [Path(file).stat()]]
+    files = _files_of(public)
     if not files:
         return fingerprint(public)
     # All settings, as many decide what a sample is; it is no loss that some do not.
-    made_of = data.model_dump_json(exclude={"workers", "hub", "domains", "dirichlet", "private_samples", "test_samples"})
-    key = hashlib.sha256(json.dumps([version("metamoe-fl"), made_of, files]).encode()).hexdigest()
-    kept = cache_folder() / "fingerprints" / key[:32]
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, fingerprint(public))
-    return kept.read_text()
+    own = {"workers", "hub", "domains", "dirichlet", "partition", "private_samples", "test_samples"}
+    made_of = data.model_dump_json(exclude=own)
+    return made_once("fingerprints", [made_of], files, lambda: fingerprint(public))
 
 
 def _files_of(dataset: Dataset) -> list[str]:
     """The files that hold a data set: tables, or the images that a table in memory names."""
     if dataset.cache_files or "image" not in dataset.features:
         return [entry["filename"] for entry in dataset.cache_files]
-    return [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    paths = [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    return sorted(set(map(file_of, paths))) if isinstance(dataset.features["image"], Streamed) else paths
 
 
 def _random_part(data: Dataset, size: int, rng: np.random.Generator) -> Dataset:

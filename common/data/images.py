@@ -1,47 +1,20 @@
 """Labelled images from folders, one for each class, from a table of paths and labels, or from a hub."""
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
-from datasets.features.features import register_feature
-from PIL import Image as PILImage
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from metamoe.common.config import Data
-from metamoe.common.data.decode import read_picture, rgb
+from metamoe.common.data.columns import Picture, named_columns
 from metamoe.common.data.hub import load_from_hub
-from metamoe.common.data.pictures import IMAGE_COLUMNS, LABEL_COLUMNS, Pictures, find_pictures
+from metamoe.common.data.partition import OWNERS
+from metamoe.common.data.pictures import Pictures, find_pictures
 from metamoe.common.data.splits import by_part
+from metamoe.common.data.stream import streamed_parts
 from metamoe.common.errors import DataFormatError
-
-
-@dataclass
-class Picture(Image):
-    """A column of images, decoded when they are used as all others are: see ``pixels.py``."""
-
-    background: str = "white"
-    _type: str = field(default="Picture", init=False, repr=False)
-
-    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> PILImage.Image:  # noqa: ARG002
-        if isinstance(value, PILImage.Image):
-            return rgb(value, self.background)
-        if value["bytes"] is not None:
-            return read_picture(BytesIO(value["bytes"]), self.background, value["path"] or "an image of the set")
-        with fsspec.open(value["path"]) as stream:
-            return read_picture(stream, self.background, value["path"])
-
-
-# A data set's Arrow table says of what kind its columns are, by this name. What can be registered may change with the library's
-# next version, as a warning says to whoever starts a command; constraints and tests say so to us.
-with warnings.catch_warnings(action="ignore", category=UserWarning):
-    register_feature(Picture, "Picture")
 
 
 def load_images(data: Data, name: str, split: str, hub: str) -> Dataset:
@@ -73,7 +46,11 @@ def image_dataset(pictures: Sequence[tuple[Pictures, int]], names: Sequence[str]
 
 @lru_cache(maxsize=16)
 def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
-    found = _from_folder(Path(data.folder) / name, data) if data.folder else _from_hub(hub, data)
+    if data.folder:
+        found = _from_folder(Path(data.folder) / name, data)
+    else:
+        streamed = data.streaming and hub == data.public_hub
+        found = streamed_parts(hub, data) if streamed else _from_hub(hub, data)
     rng = np.random.default_rng(0)
     if "test" not in found:
         if "validation" in found:
@@ -91,7 +68,11 @@ def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
 
 def _from_folder(folder: Path, data: Data) -> dict[str, Dataset]:
     found = find_pictures(folder, data)
-    return {part: image_dataset(rows, found.names, data.background) for part, rows in found.parts.items() if rows}
+    parts = {part: image_dataset(rows, found.names, data.background) for part, rows in found.parts.items() if rows}
+    for part, owners in found.owners.items():
+        if part in parts:
+            parts[part] = parts[part].add_column(OWNERS, owners, feature=Value("string"))
+    return parts
 
 
 def _from_hub(hub: str, data: Data) -> dict[str, Dataset]:
@@ -99,16 +80,14 @@ def _from_hub(hub: str, data: Data) -> dict[str, Dataset]:
     parts: dict[str, Dataset] = {}
     for part, names in by_part(found, data.splits, hub).items():
         whole = concatenate_datasets([found[name] for name in names])
-        image = data.image_column or next((c for c in IMAGE_COLUMNS if isinstance(whole.features.get(c), Image)), "")
-        label = data.label_column or next((c for c in LABEL_COLUMNS if c in whole.features), "")
-        if not isinstance(whole.features.get(image), Image) or label not in whole.features:
-            raise DataFormatError(
-                f"{hub}, {part} has the columns {sorted(whole.features)}; wanted are images in one of {list(IMAGE_COLUMNS)} "
-                f"(data.image-column = {data.image_column!r}) and classes in one of {list(LABEL_COLUMNS)} (data.label-column "
-                f"= {data.label_column!r})"
-            )
-        renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-        chosen = whole.select_columns([image, label]).rename_columns(renamed)
+        image, label = named_columns(whole.features, f"{hub}, {part}", data)
+        owner = data.partition.column if data.partition.column in whole.features else ""
+        named = {image: "image", label: "label"} | ({owner: OWNERS} if owner else {})
+        if owner in (image, label):
+            raise DataFormatError(f"data.partition.column = {owner!r} is the column of the images or the classes of {hub}")
+        chosen = whole.select_columns([*named]).rename_columns({old: new for old, new in named.items() if old != new})
+        if owner:
+            chosen = chosen.cast_column(OWNERS, Value("string"))
         if not isinstance(chosen.features["label"], ClassLabel):
             chosen = chosen.cast_column("label", Value("string"))
         # A part without labels is for a contest, not for us.

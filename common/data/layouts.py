@@ -8,6 +8,10 @@ from metamoe.common.config import AnswerIs, Columns
 from metamoe.common.errors import DataFormatError
 
 _SHOWN = 240
+_HOW = (
+    'say by data.columns which is what: --set data.columns.question=NAME --set \'data.columns.choices=["NAME", "NAME"]\' --set '
+    "data.columns.answer=NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ def layout_of(row: Mapping[str, Any], place: str, known: tuple[Layout, ...], own
         return _complete(row, nearest, place)
     asked = f"data.columns.question = {own.question!r} is none of them; " if own else ""
     raise DataFormatError(
-        f"{place} has the columns {sorted(map(str, row))}; {asked}known are the layouts of {', '.join(k.name for k in known)}; "
-        f"say by data.columns which is what. The row: {shown(row)}"
+        f"{place} has the columns {sorted(map(str, row))}; {asked}known are the layouts of "
+        f"{', '.join(dict.fromkeys(k.name for k in known))}; {_HOW}. The row: {shown(row)}"
     )
 
 
@@ -146,7 +150,7 @@ def _complete(row: Mapping[str, Any], layout: Layout, place: str) -> Layout:
     if missing := _missing(row, layout):
         raise DataFormatError(
             f"{place} looks like {layout.name} and lacks the column {' and '.join(map(repr, missing))}; it has "
-            f"{sorted(map(str, row))}; say by data.columns which is what. The row: {shown(row)}"
+            f"{sorted(map(str, row))}; {_HOW}. The row: {shown(row)}"
         )
     return layout
 

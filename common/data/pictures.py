@@ -3,9 +3,9 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from metamoe.common.config import Data
 from metamoe.common.data.folders import class_folders, classes_of_parts, list_pictures, part_folders
@@ -23,15 +23,31 @@ Pictures = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """The pictures of a set by part, each with the number of its class among ``names``, and what was not taken for one."""
+    """The pictures of a set by part, each with the number of its class among ``names``, and what was not taken for one.
+
+    Attributes:
+        owners: by part, what each picture's row has in the column ``data.partition.column``, None where there is none; empty
+            without that setting.
+    """
 
     names: list[str]
     parts: dict[str, list[tuple[Pictures, int]]]
     ignored: dict[str, list[Path]]
+    owners: dict[str, list[str | None]] = field(default_factory=dict)
+
+
+class _Row(NamedTuple):
+    """What a table says of a picture."""
+
+    image: Pictures
+    label: str
+    split: str | None
+    owner: str | None
 
 
 def find_pictures(folder: Path, data: Data) -> Found:
-    """The pictures of a set in a folder, which has ``train`` with a folder for each class, or tables of paths and labels.
+    """The pictures of a set in a folder, which has ``train`` with a folder for each class, or folders of at least two classes
+    alone, or tables of paths and labels.
 
     Tables are files named after the set's parts, such as ``train.csv`` and ``test.csv``, or one of any name, which may have a
     column ``split``.
@@ -44,6 +60,9 @@ def find_pictures(folder: Path, data: Data) -> Found:
     parts = part_folders(folder, data.splits) if not any(part_of(table.name, data.splits) for table in tables) else {}
     if tables and not (parts.get("train") and class_folders(parts["train"])):
         return _by_tables(folder, tables, data)
+    if not parts and len(class_folders(folder)) > 1:
+        # Not divided: as a table or a file of questions that is not, all of it trains but for what is cut off.
+        parts = {"train": folder}
     names = classes_of_parts(folder, parts)
     pictures: dict[str, list[tuple[Pictures, int]]] = {}
     ignored: dict[str, list[Path]] = defaultdict(list)
@@ -62,9 +81,9 @@ def pictures_at(place: Path, data: Data) -> Found:
     :func:`find_pictures`.
     """
     if place.is_file():
-        rows = [(image, label) for image, label, _ in _table(place, data)]
-        names = _names([label for _, label in rows], str(place))
-        return Found(names, {"test": [(image, names.index(label)) for image, label in rows]}, {})
+        rows = _table(place, data)
+        names = _names([row.label for row in rows], str(place))
+        return Found(names, {"test": [(row.image, names.index(row.label)) for row in rows]}, {})
     names = list(class_folders(place))
     listing = list_pictures(place, names)
     return Found(names, {"test": [(str(file), label) for file, label in listing.pictures]}, listing.ignored)
@@ -77,27 +96,27 @@ def _by_tables(folder: Path, tables: Sequence[Path], data: Data) -> Found:
             f"{folder} has the tables {[table.name for table in tables]}, of which none is to train on; name one train.csv, or "
             "set data.splits.train"
         )
-    rows: dict[str, list[tuple[Pictures, str]]] = {part: [] for part in PARTS}
+    rows: dict[str, list[_Row]] = {part: [] for part in PARTS}
     for part, files in (named or {"train": list(tables)}).items():
         for file in files:
-            for image, label, split in _table(file, data):
-                own = part if split is None or named else part_of(split, data.splits)
+            for row in _table(file, data):
+                own = part if row.split is None or named else part_of(row.split, data.splits)
                 if own is None:
-                    raise DataFormatError(f"{file} has the {_SPLIT_COLUMN} {split!r}; known are train, validation and test")
-                rows[own].append((image, label))
+                    raise DataFormatError(f"{file} has the {_SPLIT_COLUMN} {row.split!r}; known are train, validation and test")
+                rows[own].append(row)
     if not rows["train"]:
         raise InputFileError(f"{folder} has no pictures to train on in its tables")
-    names = _names([label for _, label in rows["train"]], str(folder))
+    names = _names([row.label for row in rows["train"]], str(folder))
     number = {name: i for i, name in enumerate(names)}
     for part, found in rows.items():
-        if unknown := sorted({label for _, label in found} - set(names)):
+        if unknown := sorted({row.label for row in found} - set(names)):
             raise DataFormatError(f"{folder}: {part} has the class {unknown[0]!r}, which what trains has not")
-    pictures = {part: [(image, number[label]) for image, label in found] for part, found in rows.items() if found}
-    return Found(names, pictures, {})
+    pictures = {part: [(row.image, number[row.label]) for row in found] for part, found in rows.items() if found}
+    owners = {part: [row.owner for row in found] for part, found in rows.items() if data.partition.column}
+    return Found(names, pictures, {}, owners)
 
 
-def _table(file: Path, data: Data) -> list[tuple[Pictures, str, str | None]]:
-    """Image, class and, if the table says it, part of each row."""
+def _table(file: Path, data: Data) -> list[_Row]:
     found = []
     for place, row in read_rows(file):
         image = _column(row, data.image_column, IMAGE_COLUMNS, "data.image-column", place)
@@ -106,8 +125,15 @@ def _table(file: Path, data: Data) -> list[tuple[Pictures, str, str | None]]:
             raise DataFormatError(f"{place}: the label {label!r} is neither text nor a whole number")
         split = row.get(_SPLIT_COLUMN)
         name = unicodedata.normalize("NFC", str(label).strip())
-        found.append((_image(image, file.parent, place), name, None if split is None else str(split)))
+        owner = owner_of(row, data.partition.column)
+        found.append(_Row(_image(image, file.parent, place), name, None if split is None else str(split), owner))
     return found
+
+
+def owner_of(row: Any, column: str) -> str | None:
+    """What a row has in the column by which a set is divided, as text; None if that is nothing."""
+    value = row.get(column) if column else None
+    return None if value is None or value == "" else str(value)
 
 
 def _column(row: Any, given: str, usual: Sequence[str], setting: str, place: str) -> Any:

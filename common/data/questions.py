@@ -5,6 +5,7 @@ texts) and ``answer`` (index of the right one). What is no question has one choi
 ``turns``: what was said before it, from which a chat template makes the prompt, where the tokenizer has one.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from metamoe.common.config import Data
 from metamoe.common.data.conversations import blocks_of, texts_of
 from metamoe.common.data.hub import load_from_hub
 from metamoe.common.data.layouts import INSTRUCTIONS, QUESTIONS, layout_of, mapped
+from metamoe.common.data.partition import OWNERS
+from metamoe.common.data.pictures import owner_of
 from metamoe.common.data.rows import Question, counted_from, question_of
 from metamoe.common.data.splits import by_part
 from metamoe.common.data.survey import Survey
@@ -108,6 +111,8 @@ def read_text(file: Path, data: Data) -> Read:
 def dataset_of(read: Read, data: Data) -> Dataset:
     """All samples that were read, in their order; there may be none."""
     features = TEXT_FEATURES if data.source == "text" else FEATURES
+    if data.partition.column:
+        features = Features({**features, OWNERS: Value("string")})
     return _dataset([sample for samples in read.samples for sample in samples], features)
 
 
@@ -160,8 +165,10 @@ def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
     samples: list[list[Question]] = []
     taken_for = Counter[str]()
     unsure: list[tuple[int, Row]] = []
+    owners: list[str | None] = []
     for place, row in rows:
         places.append(place)
+        owners.append(owner_of(row, data.partition.column))
         if data.source == "text":
             name, found = texts_of(row, place, data)
         else:
@@ -178,12 +185,14 @@ def _read(rows: Iterable[tuple[str, Row]], data: Data, where: str) -> Read:
         for number, row in unsure:
             if question := question_of(row, layout, places[number], data.list_choices):
                 samples[number] = [question]
+    if data.partition.column:
+        samples = [[sample | {OWNERS: owner} for sample in found] for found, owner in zip(samples, owners, strict=True)]
     left_out = [place for place, found in zip(places, samples, strict=True) if not found]
     return Read([found for found in samples if found], taken_for, left_out)
 
 
 def _dataset(samples: Sequence[Question], features: Features) -> Dataset:
-    return Dataset.from_dict({name: [sample[name] for sample in samples] for name in features}, features=features)
+    return Dataset.from_dict({name: [sample.get(name) for sample in samples] for name in features}, features=features)
 
 
 @lru_cache(maxsize=16)
@@ -212,19 +221,25 @@ def _parts(data: Data, name: str, hub: str) -> dict[str, Dataset]:
 
 
 def _from_folder(folder: Path, data: Data) -> dict[str, list[list[Question]]]:
-    return {
-        part: [samples for file in files for samples in read_text(file, data).samples]
-        for part, files in text_files(folder, data).items()
-    }
+    read = {part: [read_text(file, data) for file in files] for part, files in text_files(folder, data).items()}
+    return _samples(read, str(folder))
 
 
 def _from_hub(hub: str, data: Data) -> dict[str, list[list[Question]]]:
     found = load_from_hub(hub)
 
-    def read(name: str) -> list[list[Question]]:
+    def read(name: str) -> Read:
         rows: Iterable[tuple[str, Any]] = ((f"{hub}, {name}, row {i}", row) for i, row in enumerate(found[name]))
-        return _read(rows, data, f"{hub}, {name}").samples
+        return _read(rows, data, f"{hub}, {name}")
 
-    return {
-        part: [samples for name in names for samples in read(name)] for part, names in by_part(found, data.splits, hub).items()
-    }
+    parts = by_part(found, data.splits, hub)
+    return _samples({part: [read(name) for name in names] for part, names in parts.items()}, hub)
+
+
+def _samples(read: Mapping[str, list[Read]], where: str) -> dict[str, list[list[Question]]]:
+    """What was read by part; what was left out is said."""
+    if left_out := [place for there in read.values() for found in there for place in found.left_out]:
+        logging.getLogger("metamoe").info(
+            "%s: %d rows are left out, without a label or an answer, the first of them %s", where, len(left_out), left_out[0]
+        )
+    return {part: [samples for found in there for samples in found.samples] for part, there in read.items()}

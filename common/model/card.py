@@ -45,6 +45,7 @@ def model_card(manifest: "Manifest", settings: Settings, licence: str | None, ta
         f"| LoRA | rank {lora.rank}, alpha {lora.alpha}, from layer {lora.first_layer} |",
         f"| router | decides {router.decide}, top-{router.top_k}{', the seed is one of its choices' * router.seed_expert} |",
         f"| preset, seed of the run | {settings.preset}, {settings.seed} |",
+        *(f"| data, {name} | `{source}` |" for name, source in settings.data_sources.items()),
         f"| differential privacy | {'; '.join(covered) or 'none'} |",
         f"| hash | {manifest.model_hash} |",
         "",

@@ -132,11 +132,18 @@ def test_questions_and_a_decoder_of_ones_own(name: str, examples: Path, decoder:
 def test_a_federation_of_three_organisations(examples: Path) -> None:
     folder = examples / "federation"
     try:
-        typed(folder)
+        shown = typed(folder)
     finally:
         if (folder / "federation").exists():
             subprocess.run([Path(sys.executable).parent / "metamoe", "deploy", "down", "federation"], cwd=folder, check=False)
     assert metamoe.open_run(folder / "federation" / "runs" / "first").model.experts == ["north", "south", "east", "seed"]
+    # Each as its owner has them, said by the check, and read alike in training and in use.
+    assert "330 turned as EXIF says" in shown
+    assert "330 with 16 bits" in shown
+    accuracies = re.findall(r"accuracy: ([\d.]+)% .* on (\d+) images", shown)
+    assert [int(count) for _, count in accuracies] == [30, 30, 60]
+    # A third is chance for the first two, a sixth for the last.
+    assert min(float(accuracy) for accuracy, _ in accuracies) > 60
 
 
 def kinds(cell: nbformat.NotebookNode) -> list[list[str]]:

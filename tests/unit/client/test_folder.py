@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metamoe.client import folder as client_folder
 from metamoe.client.answer import answer
 from metamoe.client.app import respond
 from metamoe.client.folder import check_folder, read_folder
 from metamoe.client.site import Site, site_of
 from metamoe.common.config import Data, Settings
 from metamoe.common.data.datasets import load_private, public_fingerprint
+from metamoe.common.data.survey import survey
 from metamoe.common.errors import InvalidSettingError, PrivateDataError
 from metamoe.common.model.artifact import load_model
 from metamoe.common.model.seed import load_seed
@@ -56,6 +58,22 @@ def test_a_check_counts_and_names_what_cannot_be_read(folder: Path) -> None:
     assert "broken.png cannot be read as an image" in report.wrong[0]
     with pytest.raises(PrivateDataError, match=r"broken\.png cannot be read as an image"):
         read_folder(folder, "train", DATA)
+
+
+def test_pictures_are_looked_at_once_until_one_changes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAMOE_CACHE", str(tmp_path / "cache"))
+    looks = []
+    monkeypatch.setattr(client_folder, "survey", lambda *given: looks.append(1) or survey(*given))
+    for _ in range(2):
+        assert len(read_folder(folder, "train", DATA)) == 6
+    assert len(looks) == 1
+    broken = folder / "train" / "DIGIT ONE" / "99.png"
+    broken.write_bytes(b"x")
+    # What cannot be read is never kept as looked at.
+    for _ in range(2):
+        with pytest.raises(PrivateDataError, match=r"1 of 7 cannot be read"):
+            read_folder(folder, "train", DATA)
+    assert len(looks) == 3
 
 
 def test_data_inside_a_flower_app_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:

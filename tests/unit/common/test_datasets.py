@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from metamoe.common.config import Data, Settings
@@ -20,7 +17,6 @@ from metamoe.common.data.datasets import (
     load_domain,
     load_private,
     load_public,
-    partition,
 )
 from metamoe.common.data.pixels import batches
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
@@ -28,31 +24,6 @@ from metamoe.common.model.seed import Seed
 from metamoe.common.presets import validated
 
 DATA = validated({}).data
-
-
-@given(
-    st.lists(st.integers(0, 5), min_size=1, max_size=200),
-    st.integers(1, 6),
-    st.floats(0.01, 100),
-    st.integers(0, 1_000),
-)
-@hypothesis_settings(max_examples=100, deadline=None)
-def test_a_partition_is_every_row_once(labels: list[int], parts: int, concentration: float, number: int) -> None:
-    found = partition(np.array(labels), parts, concentration, np.random.default_rng(number))
-    assert len(found) == parts
-    assert sorted(np.concatenate(found).tolist()) == list(range(len(labels)))
-
-
-def test_a_small_concentration_skews_the_classes() -> None:
-    labels = np.repeat(np.arange(10), 100)
-
-    def largest_share(concentration: float) -> float:
-        parts = partition(labels, 2, concentration, np.random.default_rng(0))
-        shares = np.array([np.bincount(labels[part], minlength=10) for part in parts]) / 100
-        return float(shares.max(axis=0).mean())
-
-    assert largest_share(0.05) > 0.9
-    assert largest_share(1_000) < 0.6
 
 
 def test_clients_take_the_domains_in_turn() -> None:

@@ -13,6 +13,7 @@ from metamoe.common.data.hub import hub_name, load_from_hub
 from metamoe.common.data.images import load_images
 from metamoe.common.data.questions import load_questions
 from metamoe.common.errors import DataFormatError, HubError
+from metamoe.common.presets import load_settings, preset_names
 
 TEXT = Value("string")
 CHOICES = {"choices": {"label": List(TEXT), "text": List(TEXT)}}
@@ -54,6 +55,16 @@ SETS = {
         {"instruction": "Say", "input": "", "output": "Yes.", "text": "Below is an instruction. Say Yes."},
         None,
     ),
+    "sahil2801/CodeAlpaca-20k": (
+        dict.fromkeys(("output", "instruction", "input"), TEXT),
+        {"instruction": "Add two numbers", "input": "1, 2", "output": "Yes."},
+        None,
+    ),
+    "gbharti/finance-alpaca": (
+        dict.fromkeys(("text", "instruction", "input", "output"), TEXT),
+        {"instruction": "What is a bond?", "input": "", "output": "Rest.", "text": ""},
+        None,
+    ),
     "medalpaca/medical_meadow_medical_flashcards": (
         dict.fromkeys(("input", "output", "instruction"), TEXT),
         {"instruction": "Answer this truthfully", "input": "What heals?", "output": "Rest."},
@@ -77,6 +88,12 @@ def test_sets_of_questions_of_the_presets(tmp_path: Path, name: str) -> None:
         assert sizes == wanted
         answer = load_questions(data, "x", "train", hub)[0]
         assert answer["choices"][answer["answer"]] in ("water", "for 1", "b", "Yes.", "Rest.")
+
+
+def test_every_set_of_text_that_a_preset_names_has_a_stand_in() -> None:
+    presets = [load_settings(name).data for name in preset_names()]
+    named = {hub for data in presets if data.is_text for hub in (*data.hub, data.public_hub) if hub}
+    assert named <= SETS.keys()
 
 
 def png(value: int) -> dict:

@@ -358,6 +358,23 @@ def test_ten_thousand_rows_are_samples_or_refused(tmp_path_factory: pytest.TempP
     check_row(row, Data(source=source, folder="x"), tmp_path_factory.getbasetemp())
 
 
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from(["whole", "unlabelled", "unanswered"]), st.integers(0, 9)), min_size=1, max_size=12))
+def test_every_row_of_a_file_is_used_or_named(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]) -> None:
+    asked = {"question": "Wet?", "choices": ["fire", "water"]}
+    made = {
+        "whole": lambda n: asked | {"answer": n % 2},
+        "unlabelled": lambda n: asked | {"answer": ["", -1][n % 2]},
+        "unanswered": lambda n: {"instruction": f"say {n}", "output": ""},
+    }
+    file = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    file.write_text("".join(json.dumps(made[kind](number)) + "\n" for kind, number in rows))
+    read = read_text(file, Data(source="questions", folder="x"))
+    left_out = [f"{file}, line {i}" for i, (kind, _) in enumerate(rows, start=1) if kind != "whole"]
+    assert read.left_out == left_out
+    assert len(read.samples) + len(left_out) == sum(read.taken_for.values()) == len(rows)
+
+
 def check_bytes(folder: Path, name: str, content: bytes) -> None:
     file = folder / name
     file.write_bytes(content)

@@ -26,6 +26,7 @@ from metamoe.common.data.survey import survey
 from metamoe.common.data.tasks import samples_of
 from metamoe.common.errors import DataFormatError, InputFileError, MetaMoEError
 from metamoe.common.model.seed import Seed
+from metamoe.examine import examine
 from metamoe.predict import read_image
 from metamoe.serving.app import image_of
 
@@ -328,6 +329,41 @@ def test_class_folders_by_their_rules(tmp_path: Path) -> None:
     assert [Path(text).name for text in looked.unusual["the same picture in two classes"]] == ["3.png"]
     assert [Path(text).name for text in looked.unusual["the same picture in train and validation"]] == ["4.png"]
     assert len(looked.unusual["ignored, of the system"]) == 3
+
+
+def test_folders_of_classes_alone_are_divided_by_fractions(tmp_path: Path) -> None:
+    for number in range(20):
+        picture(tmp_path / "pets", f"{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
+    data = Data(source="images", folder=str(tmp_path), domains=("pets",))
+    sizes = {split: len(load_images(data, "pets", split, "")) for split in ("train", "validation", "test")}
+    # A fifth of 20 for tests, a tenth of the rest for validation.
+    assert sizes == {"train": 14, "validation": 2, "test": 4}
+    assert load_images(data, "pets", "train", "").features["label"].names == ["cat", "dog"]
+    assert examine(tmp_path / "pets", Data()).survey.counts == {"train": {"cat": 10, "dog": 10}}
+    # A single folder may be anything.
+    picture(tmp_path / "one", "pictures/1.png")
+    with pytest.raises(InputFileError, match="has no folder for a class"):
+        find_pictures(tmp_path / "one", data)
+    picture(tmp_path / "flat", "1.png")
+    with pytest.raises(DataFormatError, match=r"has 1 pictures in no folder of a class; put them into folders such as"):
+        examine(tmp_path / "flat", Data())
+
+
+@hypothesis_settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kinds=st.lists(st.sampled_from(["good", "damaged", "no picture", "of the system"]), min_size=1, max_size=8))
+def test_every_file_of_a_folder_is_used_or_named(tmp_path_factory: pytest.TempPathFactory, kinds: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    whole = picture(folder, "train/cat/whole.png").read_bytes()
+    names = {"good": "png", "damaged": "png", "no picture": "txt", "of the system": "db"}
+    for number, kind in enumerate(kinds):
+        name = "Thumbs.db" if kind == "of the system" else f"{number}.{names[kind]}"
+        (folder / "train" / f"class {number}").mkdir()
+        (folder / "train" / f"class {number}" / name).write_bytes(whole if kind == "good" else whole[:40])
+    looked = survey(find_pictures(folder, Data()), Data())
+    assert sum(looked.counts["train"].values()) == 1 + kinds.count("good")
+    assert len(looked.unreadable) == len(looked.wrong) == kinds.count("damaged")
+    ignored = sum(len(files) for what, files in looked.unusual.items() if what.startswith("ignored"))
+    assert ignored == kinds.count("no picture") + kinds.count("of the system")
 
 
 def test_folders_that_differ_in_case_or_form_alone_are_refused(tmp_path: Path) -> None:

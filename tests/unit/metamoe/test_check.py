@@ -1,8 +1,10 @@
 """What a preset needs and lacks here, said before a run."""
 
+import json
 from pathlib import Path
 
 from metamoe.check import Finding, check_preset
+from metamoe.common.config import Settings
 from metamoe.common.presets import changed
 from tests.conftest import small_run
 
@@ -17,3 +19,14 @@ def test_a_pool_that_the_public_set_cannot_fill_is_missing_something(seed_folder
     # Random proxies need no pool.
     random = changed(settings, ["proxies.selection=random"])
     assert [finding.fine for finding in check_preset(random) if finding.what == "public set"] == [True]
+
+
+def test_rows_that_are_left_out_are_listed(small: Settings, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}", "output": "" if i == 4 else f"it is {i}"} for i in range(30)]
+    for name in ("public", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"source": "text", "folder": str(tmp_path), "domains": ("notes",)}
+    settings = small.model_copy(update={"data": small.data.model_copy(update=data)})
+    named = f"1 left out, without a label or an answer: {tmp_path / 'notes' / 'all.jsonl'}, line 5"
+    assert Finding("notes", named, True) in list(check_preset(settings))

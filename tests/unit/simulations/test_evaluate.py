@@ -18,6 +18,7 @@ from metamoe.common.model.router import RouterWeights
 from metamoe.common.model.seed import Seed
 from metamoe.common.presets import changed
 from metamoe.simulations.benchmark import fedavg
+from metamoe.simulations.clients import client_accuracy
 from metamoe.simulations.evaluate import EvaluationSet, domains_of, ensemble, mean_decision, own_share, soup
 from tests.conftest import random_expert, random_features, random_pixels
 
@@ -135,3 +136,15 @@ def test_federated_averaging_is_the_mean_weighted_by_samples_round_by_round(
     rate = settings.expert_training.learning_rate
     expected = [(1, 2, {"loss": 1.2, "learning-rate": rate}), (2, 2, {"loss": 1.2, "learning-rate": rate / 2})]
     assert [(*at, pytest.approx(metrics)) for *at, metrics in told] == expected
+
+
+def test_a_client_s_accuracy_is_by_its_own_classes() -> None:
+    # Class 0: 3 of 4 right; class 1: 1 of 2; class 2 is not tested.
+    right = np.array([True, True, True, False, True, False])
+    tests = [(right, np.array([0, 0, 0, 0, 1, 1]))]
+    assert client_accuracy(np.array([1, 0, 0]), tests) == pytest.approx(75)
+    assert client_accuracy(np.array([0, 7, 0]), tests) == pytest.approx(50)
+    # Three parts of 75 and one of 50; what is not tested says nothing.
+    assert client_accuracy(np.array([3, 1, 9]), tests) == pytest.approx(68.75)
+    for counts in (np.array([0, 0, 9]), np.zeros(0, dtype=int)):
+        assert client_accuracy(counts, tests) == pytest.approx(100 * 4 / 6)
