@@ -1,8 +1,8 @@
 """``make bench``: ratios taken side by side in one run, as a table and in bench.json.
 
 ``python -m benchmarks NAME ...`` runs a part: selection, forward, compile, generation, serving, bytes, start, folder, audit,
-gateway, scale. ``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries its
-programme on a CPU at reduced shapes.
+gateway, scale. ``gpu`` is for a machine with a GPU, and never among all parts: eight minutes, in gpu.json; ``gpu-dry`` tries
+its programme on a CPU at reduced shapes.
 """
 
 import json
