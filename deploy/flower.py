@@ -24,6 +24,7 @@ _STATUS_SECONDS = 15
 _START_SECONDS = 60
 _STOP_SECONDS = 15
 _ROUNDS = 5
+_QUESTIONS = 4
 _RUN_ID = "flower-run"
 
 
@@ -128,7 +129,8 @@ def flwr(home: Path, *arguments: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         answer = {"success": False, "error-message": (done.stderr or done.stdout).strip()}
     if not answer.get("success"):
-        raise RunFailedError(f"flwr {arguments[0]} failed: {answer.get('error-message', done.stdout)}")
+        why = answer.get("error-message") or f"without a reason, with exit code {done.returncode}"
+        raise RunFailedError(f"flwr {arguments[0]} failed: {why}")
     return answer
 
 
@@ -204,10 +206,18 @@ def stop(pids: Sequence[int]) -> None:
 
 def _finished(home: Path, connection: str, run_id: str, signs: Sequence[Path]) -> str:
     """Wait for the end of a run; its status. Flower is asked seldom, as each question costs a second of CPU, unless there
-    are signs.
+    are signs. One question that fails says nothing of the run: on a busy machine it may have come too late.
     """
+    failed = 0
     while True:
-        status = str(flwr(home, "list", connection, "--run-id", run_id)["runs"][0]["status"])
+        try:
+            status = str(flwr(home, "list", connection, "--run-id", run_id)["runs"][0]["status"])
+            failed = 0
+        except RunFailedError:
+            failed += 1
+            if failed == _QUESTIONS:
+                raise
+            status = ""
         if status.startswith("finished"):
             return status
         deadline = time.monotonic() + _STATUS_SECONDS

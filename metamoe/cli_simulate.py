@@ -1,6 +1,7 @@
 """The commands that run a federation on this machine."""
 
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,9 +57,12 @@ def resume(
 
 def status(
     run: Annotated[Path, typer.Argument(help="Folder of a run, also of one that is going on.")],
-    as_json: Annotated[bool, json_option("state, stages, clients, waiting, last")] = False,
+    as_json: Annotated[bool, json_option("state, stages, clients, measured, left (seconds), waiting, last")] = False,
 ) -> None:
-    """Show where a run is: what is done, how far each client's training is, and who is waited for since when."""
+    """Show where a run is: what is done, how far each client's training is, its losses and the time left, the memory in use,
+    and who is waited for since when.
+    """
+    from metamoe.progress import measured, memory_used
     from metamoe.status import run_status
 
     found = run_status(run.absolute())
@@ -70,11 +74,16 @@ def status(
     for stage, (done, total) in found.stages.items():
         console.print(f"  {stage:<8} {done} of {total}", highlight=False)
     for name, (done, total) in found.clients.items():
-        console.print(f"  {name}: {done} of {total} of its training", highlight=False, markup=False)
+        parts = [f"{done} of {total} of its training", measured(found.measured[name])]
+        if seconds := found.left.get(name):
+            parts.append(f"{timedelta(seconds=round(seconds))} left")
+        console.print(f"  {name}: {', '.join(filter(None, parts))}", highlight=False, markup=False, soft_wrap=True)
     for name, since in found.waiting.items():
         console.print(f"  waiting for {name} since {since:%H:%M:%S}", highlight=False, markup=False)
     if found.last:
         console.print(f"  last heard of at {found.last:%Y-%m-%d %H:%M:%S}", highlight=False)
+    if found.state == "running":
+        console.print(f"  {memory_used()}", highlight=False)
     if found.state == "stopped":
         console.print(f"'metamoe resume {run}' goes on with it", highlight=False, markup=False, soft_wrap=True)
 

@@ -17,6 +17,7 @@ from metamoe.common.data.tables import read_rows, table_kind, tables_in
 from metamoe.common.data.text import tokenised
 from metamoe.common.errors import DataFormatError, InputFileError
 from metamoe.common.model.seed import Seed
+from metamoe.show import some
 
 _PROMPTS = 3
 
@@ -57,10 +58,15 @@ def examine(path: Path, data: Data, seed: Seed | None = None) -> Examined:
 
     Raises:
         InputFileError: there is nothing that can be read.
-        DataFormatError: it is not in any form that is known.
+        DataFormatError: it is not in any form that is known, or holds several sets.
     """
     if not path.exists():
         raise InputFileError(f"{path} is not there")
+    if sets := _sets_in(path, data):
+        raise DataFormatError(
+            f"{path} is a folder of {len(sets)} sets ({some(sets)}), each with parts of its own; check one of them, as "
+            f"{path / sets[0]}, or all as a run takes them: 'metamoe presets --check PRESET --data-dir {path}'"
+        )
     source = _source(path, data) if data.source == "glyphs" else data.source
     chosen = data.model_copy(update={"source": source})
     if source == "images":
@@ -75,6 +81,16 @@ def examine(path: Path, data: Data, seed: Seed | None = None) -> Examined:
 def _undivided(path: Path, data: Data) -> Found:
     found = pictures_at(path, data)
     return replace(found, parts={"train" if path.is_dir() else "all": found.parts["test"]})
+
+
+def _sets_in(path: Path, data: Data) -> list[str]:
+    """Names of the folders in a folder that are sets themselves: their parts hold classes, or tables. Otherwise each would be
+    taken for a class.
+    """
+    if not path.is_dir() or part_folders(path, data.splits) or tables_in(path):
+        return []
+    inside = {name: part_folders(folder, data.splits).values() for name, folder in class_folders(path).items()}
+    return [name for name, parts in inside.items() if any(class_folders(part) or tables_in(part) for part in parts)]
 
 
 def _source(path: Path, data: Data) -> str:

@@ -1,6 +1,6 @@
 """Where a run is, from another terminal: what is done, who is at what, and who is waited for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from metamoe.common.errors import InputFileError
 from metamoe.common.events import Event, read_events
 from metamoe.common.files import worked_on
 from metamoe.common.presets import load_settings
+from metamoe.deploy.flower import left_running
 from metamoe.server.journal import standing
 
 
@@ -21,6 +22,8 @@ class RunStatus:
         state: whether a process works on it, it has come to its end, or neither.
         stages: of each stage how much is done, of how much: clients where they answer, else one.
         clients: the last thing that each client wrote of its own training: epochs (steps, with DP-SGD) done, and in all.
+        measured: the last of each thing that a client's training measured, by name: loss, learning rate, validation.
+        left: seconds that each training that is going on still takes, at the rate of its steps so far.
         waiting: who dropped out and is waited for, and since when.
         last: when anything was last written down.
     """
@@ -28,6 +31,8 @@ class RunStatus:
     state: Literal["running", "finished", "stopped"]
     stages: dict[str, tuple[int, int]]
     clients: dict[str, tuple[int, int]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    left: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, datetime] = field(default_factory=dict)
     last: datetime | None = None
 
@@ -52,13 +57,35 @@ def run_status(folder: Path) -> RunStatus:
             waiting.pop(event.client, None)
     own = {name: list(_events(folder / "clients" / name / "events.jsonl")) for name in settings.member_names}
     times = [event.time for log in (events, *own.values()) for event in log]
+    state: Literal["running", "finished", "stopped"] = "stopped"
+    # Flower and Ray are under way before the server's part, which alone works in server/.
+    if ended or worked_on(folder / "server") or left_running(folder / "flower"):
+        state = "finished" if ended else "running"
+    left = {name: seconds_left(log) for name, log in own.items()} if state == "running" else {}
     return RunStatus(
-        "finished" if ended else "running" if worked_on(folder / "server") else "stopped",
+        state,
         standing(folder, settings),
         {name: (log[-1].done, log[-1].total) for name, log in own.items() if log},
+        {name: {key: value for event in log for key, value in event.metrics.items()} for name, log in own.items() if log},
+        {name: seconds for name, seconds in left.items() if seconds},
         {} if ended else waiting,
         datetime.fromtimestamp(max(times)) if times else None,
     )
+
+
+def seconds_left(log: Sequence[Event]) -> float:
+    """How long a training still takes, in seconds, at the rate of its steps since it began or was last taken up; 0 where
+    that is not known, or nothing is left.
+    """
+    if not log:
+        return 0.0
+    last = begun = log[-1]
+    for event in reversed(log[:-1]):
+        if event.done >= begun.done or (event.stage, event.total) != (last.stage, last.total):
+            break
+        begun = event
+    steps = last.done - begun.done
+    return (last.time - begun.time) / steps * (last.total - last.done) if steps else 0.0
 
 
 def _events(file: Path) -> Iterator[Event]:

@@ -196,10 +196,10 @@ def told(entries):
     """What left, run by run, in sentences."""
     for run in dict.fromkeys(entry["run"] for entry in entries):
         of_run = [entry for entry in entries if entry["run"] == run]
-        yield f"Run {run[:8]}:"
-        for intent in (entry for entry in of_run if entry["type"] == "intent"):
-            covered = {name for spent in intent["spent"] for name in spent["covers"]}
-            kinds = {}
+        intents = [entry for entry in of_run if entry["type"] == "intent"]
+        yield f"Run {run[:8]}: {sum(array['bytes'] for intent in intents for array in intent['arrays']):,} bytes of arrays"
+        for intent in intents:
+            covered, kinds = {name for spent in intent["spent"] for name in spent["covers"]}, {}
             for array in intent["arrays"]:
                 kinds.setdefault(rules.kind_of(array["name"]), []).append(array)
             for kind, arrays in kinds.items():

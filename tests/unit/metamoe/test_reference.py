@@ -30,7 +30,9 @@ def test_kinds_and_bounds() -> None:
 
 
 def test_a_group_that_is_not_there_is_named() -> None:
-    with pytest.raises(UnknownSettingError, match=r"'routers'; there are run, data, data.partition, data.splits, data.columns, proxies"):
+    with pytest.raises(
+        UnknownSettingError, match=r"'routers'; there are run, data, data.partition, data.splits, data.columns, proxies"
+    ):
         all_settings("routers")
 
 

@@ -13,9 +13,10 @@ from metamoe import progress
 from metamoe.common.errors import InputFileError
 from metamoe.common.events import Event, EventLog
 from metamoe.common.files import alone
+from metamoe.deploy import flower
 from metamoe.progress import Board, Lines, memory_used
 from metamoe.server.journal import JOURNAL
-from metamoe.status import run_status
+from metamoe.status import run_status, seconds_left
 
 
 @pytest.fixture
@@ -45,6 +46,48 @@ def test_the_status_of_a_run_that_stopped_goes_on_or_ended(stopped: Path, run_me
         assert run_status(stopped).state == "running"
     (stopped / "server" / "summary.json").write_text("{}")
     assert run_status(stopped).state == "finished"
+
+
+def test_a_run_whose_flower_is_still_starting_is_running(stopped: Path) -> None:
+    (stopped / "flower").mkdir(exist_ok=True)
+    flower.start(["sleep", "600"], stopped / "flower", stopped / "sleep.log")
+    try:
+        assert run_status(stopped).state == "running"
+    finally:
+        flower.stop_all(stopped / "flower")
+    assert run_status(stopped).state == "stopped"
+
+
+def test_the_status_has_losses_the_time_left_and_memory(
+    stopped: Path, run_metamoe, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(stopped / "clients" / "greek" / "events.jsonl")
+    with monkeypatch.context() as clock:
+        for second, done in ((1000, 0), (1030, 1), (1060, 2)):
+            clock.setattr("metamoe.common.events.time.time", lambda second=second: second)
+            log("expert", done, 5, "greek", {"loss": 2.0 / (done + 1), "learning-rate": 0.1})
+    with alone(stopped / "server"):
+        assert run_metamoe("status", str(stopped)) == 0
+    shown = capsys.readouterr().out
+    # Two epochs took a minute, and three are left.
+    assert "greek: 2 of 5 of its training, loss 0.667, 0:01:30 left" in shown
+    assert re.search(r"memory [\d.]+ of [\d.]+ GiB", shown)
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [
+        ((), 0.0),
+        ((2,), 0.0),
+        ((0, 1, 2), 30.0),
+        # Begun anew after a stop: the steps before it say nothing.
+        ((0, 1, 2, 3, 0, 1), 40.0),
+        ((0, 1, 5), 0.0),
+    ],
+)
+def test_time_left_goes_by_the_steps_since_a_training_was_last_taken_up(done: tuple[int, ...], expected: float) -> None:
+    log = [Event("expert", steps, 5, "greek", 100.0 + 10 * i) for i, steps in enumerate(done)]
+    assert seconds_left(log) == pytest.approx(expected)
 
 
 def test_who_is_waited_for_is_in_the_status_until_it_is_back(stopped: Path) -> None:

@@ -1,6 +1,7 @@
 """The verifier, which shares no code with the product, comes to the same verdict on every bundle."""
 
 import hashlib
+import re
 import subprocess
 import sys
 import zipapp
@@ -295,6 +296,8 @@ def test_the_program_runs_alone_and_says_in_words_what_left(finished: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "expert: expert, " in done.stdout
     assert "exact: matrices trained on the private samples" in done.stdout
+    each, [total] = (re.findall(rf"{mark} ([\d,]+) bytes", done.stdout) for mark in (",", ":"))
+    assert 0 < int(total.replace(",", "")) == sum(int(size.replace(",", "")) for size in each)
     assert done.stdout.endswith("fine\n")
     assert subprocess.run([*command, "--key", str(client / "head.json")], capture_output=True, check=False).returncode == 14
     assert subprocess.run(command[:2], capture_output=True, check=False).returncode == 2
