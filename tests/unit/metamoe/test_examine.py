@@ -25,4 +25,4 @@ def test_a_folder_of_sets_is_not_taken_for_one_whose_classes_they_are(tmp_path: 
 
 def test_folders_within_a_class_are_of_it(tmp_path: Path) -> None:
     _picture(tmp_path / "CROSS" / "train" / "0.png")
-    assert examine(tmp_path, Data()).survey.counts == {"test": {"CROSS": 1}}
+    assert examine(tmp_path, Data()).survey.counts == {"train": {"CROSS": 1}}
