@@ -11,9 +11,10 @@ from scipy.linalg import solve_triangular
 
 from metamoe.common.config import Settings
 from metamoe.common.fisher import shrunk_covariance
-from metamoe.common.gaussian import Coordinates, Shape, merged_shape
+from metamoe.common.gaussian import Coordinates, Shape, merged_shape, public_coordinates
 from metamoe.common.model.lora import Expert, rounded
 from metamoe.common.model.seed import Seed
+from metamoe.common.model.vectors import evidence_of
 from metamoe.server.experts import ADAPTER, store_expert, stored_vectors
 from metamoe.server.proxies import Selection
 from metamoe.server.shapes import client_gaussians, sent_means, sent_shape
@@ -112,7 +113,7 @@ def merged_selection(selections: Sequence[Selection], count: int) -> Selection:
 
 
 def merge(
-    sent: Sequence[Contribution], settings: Settings, seed: Seed, features: np.ndarray, white: Coordinates | None
+    sent: Sequence[Contribution], settings: Settings, seed: Seed, features: np.ndarray
 ) -> tuple[list[Contribution], dict[str, list[str]]]:
     """What clients contributed, as at most ``experts.max`` contributions; merged experts are stored beside the clients'.
 
@@ -120,7 +121,6 @@ def merge(
         sent: the clients'.
         settings, seed: the run's.
         features: the public samples' mean FFN inputs in the seed, and last their embedding, [n, P + 1, d].
-        white: the public set's white coordinates; None where decisions are not by Gaussians.
 
     Returns:
         The contributions, and by their names the clients of those that are merged.
@@ -128,6 +128,7 @@ def merge(
     if len(sent) <= settings.experts.max:
         return list(sent), {}
     parts, merged = [], {}
+    white = public_coordinates(evidence_of(features, settings.router)) if settings.by_shape else None
     points = _means(sent, features) if white is None else _gaussians(sent, settings, white)
     for group in clusters(points, settings.experts.max):
         members = [sent[k] for k in group]

@@ -18,7 +18,6 @@ from metamoe.common.data.datasets import check_domains, known_classes, load_publ
 from metamoe.common.data.tasks import check_seed
 from metamoe.common.events import EventLog
 from metamoe.common.files import alone, disk_errors, write_json
-from metamoe.common.gaussian import public_coordinates
 from metamoe.common.model.artifact import MANIFEST, intact, read_weights, router_arrays, save_model
 from metamoe.common.model.seed import seed_at
 from metamoe.common.model.vectors import all_evidence_paths, evidence_of
@@ -101,16 +100,15 @@ def run_stages(settings: Settings, nodes: Sequence[int], ask: Ask, out: Path, au
         # 4. The experts become one model, whose router is made of means and shapes, and may learn from the proxies.
         with state.timed("unify"):
             if not state.holds("unify", out / "model" / MANIFEST) or not intact(out / "model"):
-                evidence = evidence_of(features, router)
-                white = public_coordinates(evidence) if settings.by_shape else None
                 sent = [
                     contribution(names[k], state.expert_folder(names[k]), profiles[k], selections[names[k]], settings)
                     for k in exchange.members
                 ]
-                parts, merged = merge(sent, settings, seed, features, white)
+                parts, merged = merge(sent, settings, seed, features)
                 experts = [stored_expert(part.folder)[0] for part in parts]
                 vectors, proxies = [part.vectors for part in parts], [public.select(part.selection.ids) for part in parts]
                 scores, shapes = [part.selection.scores for part in parts], [part.shape for part in parts]
+                evidence = evidence_of(features, router)
                 routers = initial_routers(seed, settings, evidence, proxies, scores, experts, vectors, shapes)
                 samples = router_samples(settings, public, proxies)
                 kept = out / "server" / "training"

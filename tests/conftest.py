@@ -81,6 +81,13 @@ def settings() -> Settings:
     )
 
 
+def tiny_options(**values: object) -> list[str]:
+    """Options of a command for the least run of pictures, with these settings by their dotted names."""
+    least: dict[str, object] = {"data.source": "images", "proxies.count": 4, "proxies.pool": 8, "lora.rank": 2}
+    least |= {"lora.first-layer": 1, "expert-training.epochs": 1} | values
+    return [word for name, value in least.items() for word in ("--set", f"{name}={value}")]
+
+
 @pytest.fixture
 def small(seed_folder: Path) -> Settings:
     return small_run(seed_folder)

@@ -34,8 +34,9 @@ def project(settings: Settings) -> dict[str, dict[str, list[list[float]]]]:
         features = public_features(seed, settings.data, paths, public, public_fingerprint(settings.data), unwatched)
         private = [load_private(settings, client, "train") for client in range(settings.clients)]
         sites = [Site(client, Path()) for client in range(settings.clients)]
+        by_gaussians = settings.proxies.relevance == "gaussian"
         profiles = {
-            site.client: profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1), settings.by_shape)
+            site.client: profile(seed, settings, site.client, data, public, site.noise(settings.seed, 1), shape=by_gaussians)
             for site, data in zip(sites, private, strict=True)
         }
         picked = {name: select_proxies(features, profiles, _selecting(settings, name)) for name in _SELECTIONS}

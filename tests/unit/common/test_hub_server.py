@@ -12,6 +12,7 @@ import pytest
 from datasets import ClassLabel, Image
 from PIL import Image as PILImage
 
+from tests.conftest import tiny_options
 from tests.unit.common.hub_stand_in import GATED, hub_of
 from tests.unit.common.test_hub import SETS, stand_in
 
@@ -100,21 +101,8 @@ def test_what_a_hub_gives_and_refuses(environment: dict[str, str]) -> None:
 def test_a_run_records_the_commits_and_its_public_set_can_stay_at_the_hub(
     environment: dict[str, str], seed_folder: Path, tmp_path: Path
 ) -> None:
-    small = {
-        "seed-model": seed_folder,
-        "clients": 1,
-        "data.source": "images",
-        "data.public-hub": "house/pics",
-        "data.hub": '["house/pics@main"]',
-        "data.domains": '["pets"]',
-        "data.streaming": "true",
-        "proxies.count": 4,
-        "proxies.pool": 8,
-        "lora.rank": 2,
-        "lora.first-layer": 1,
-        "expert-training.epochs": 1,
-    }
-    options = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    sets = {"data.public-hub": "house/pics", "data.hub": '["house/pics@main"]', "data.domains": '["pets"]'}
+    options = tiny_options(**{"seed-model": seed_folder, "clients": 1, "data.streaming": "true", **sets})
     command = [Path(sys.executable).parent / "metamoe", "simulate", "--backend", "local", "--out", tmp_path / "run", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from metamoe.common.data.datasets import load_domain, load_private, private_rows
 from metamoe.common.data.partition import by_dirichlet, by_few_classes, divided
 from metamoe.common.errors import EmptyPartitionError, InvalidSettingError
 from metamoe.common.presets import load_settings, validated
+from tests.conftest import tiny_options
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=200)
 
@@ -170,20 +171,8 @@ def test_who_has_what_is_shown(writers: Path, tmp_path: Path, run_metamoe, capsy
 def test_a_run_in_which_each_writer_is_a_client(
     writers: Path, seed_folder: Path, tmp_path: Path, run_metamoe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = {
-        "seed-model": seed_folder,
-        "clients": 3,
-        "data.source": "images",
-        "data.domains": '["notes"]',
-        "data.partition.kind": "natural",
-        "data.partition.column": "writer",
-        "proxies.count": 4,
-        "proxies.pool": 8,
-        "lora.rank": 2,
-        "lora.first-layer": 1,
-        "expert-training.epochs": 1,
-    }
-    options = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    way = {"data.domains": '["notes"]', "data.partition.kind": "natural", "data.partition.column": "writer"}
+    options = tiny_options(**{"seed-model": seed_folder, "clients": 3, **way})
     out = tmp_path / "out"
     assert run_metamoe("simulate", "--data-dir", str(writers), "--backend", "local", "--out", str(out), *options) == 0
     capsys.readouterr()

@@ -8,9 +8,9 @@ import torch
 
 from metamoe.common.config import Settings
 from metamoe.common.errors import InvalidSettingError
-from metamoe.common.gaussian import Shape, public_coordinates
+from metamoe.common.gaussian import Shape
 from metamoe.common.model.seed import Seed
-from metamoe.common.presets import validated
+from metamoe.common.presets import changed, validated
 from metamoe.server.experts import store_expert, stored_expert
 from metamoe.server.merging import Contribution, clusters, merge, merged_expert, merged_selection
 from metamoe.server.proxies import Selection
@@ -84,7 +84,7 @@ def test_as_many_experts_as_the_settings_allow(seed: Seed, settings: Settings, t
     vectors = [np.full((1, 16), value) for value in (0.0, 9.0, 0.1, 0.2)]
     features = random_features(300, 32).reshape(300, 2, 16)
     sent = contributions(tmp_path, seed, bounded, vectors)
-    parts, merged = merge(sent, bounded, seed, features, None)
+    parts, merged = merge(sent, bounded, seed, features)
     assert merged == {"c-0-and-2-more": ["c-0", "c-2", "c-3"]}
     assert [part.name for part in parts] == ["c-0-and-2-more", "c-1"]
     np.testing.assert_allclose(parts[0].vectors, np.full((1, 16), 0.1))
@@ -101,24 +101,24 @@ def test_distances_are_in_units_of_the_public_spread(seed: Seed, settings: Setti
     for k, (first, second) in enumerate([(0, 0), (10, 0), (0, 2), (10, 2)]):
         vectors[k][0, :2] = first, second
     sent = contributions(tmp_path, seed, bounded, vectors)
-    _, merged = merge(sent, bounded, seed, random_features(300, 32).reshape(300, 2, 16), None)
+    _, merged = merge(sent, bounded, seed, random_features(300, 32).reshape(300, 2, 16))
     assert list(merged.values()) == [["c-0", "c-2"], ["c-1", "c-3"]]
     wide = random_features(300, 32).reshape(300, 2, 16) * np.array([100.0] + [1.0] * 15)
     for part in sent:
         shutil.rmtree(part.folder.parent / f"{part.name}-and-1-more", ignore_errors=True)
-    _, merged = merge(sent, bounded, seed, wide, None)
+    _, merged = merge(sent, bounded, seed, wide)
     assert list(merged.values()) == [["c-0", "c-1"], ["c-2", "c-3"]]
 
 
 def test_by_gaussians_clients_of_one_mean_are_grouped_by_their_shapes(seed: Seed, settings: Settings, tmp_path: Path) -> None:
     bounded = validated(settings.model_dump() | {"clients": 4, "experts": {"max": 2}, "proxies": {"count": 3, "pool": 10}})
+    bounded = changed(bounded, ["router.vectors=seed"])
     public = random_features(300, 32).reshape(300, 2, 16)
-    white = public_coordinates(public[:, :1])
     # The first and the last scatter along one axis, the others along another.
     shapes = [Shape(np.eye(16)[[axis]] * size, 0.1) for axis, size in ((0, 2.0), (1, 2.0), (1, 2.2), (0, 2.2))]
     sent = contributions(tmp_path, seed, bounded, [np.zeros((1, 16)) + 0.01 * k for k in range(4)])
     sent = [replace(part, shape=shape) for part, shape in zip(sent, shapes, strict=True)]
-    parts, merged = merge(sent, bounded, seed, public, white)
+    parts, merged = merge(sent, bounded, seed, public)
     assert list(merged.values()) == [["c-0", "c-3"], ["c-1", "c-2"]]
     # A merged shape scatters as its members do on average.
     assert parts[0].shape.covariance()[0, 0] == pytest.approx((2.0**2 + 2.2**2) / 2 + 0.1, abs=0.02)
@@ -126,14 +126,14 @@ def test_by_gaussians_clients_of_one_mean_are_grouped_by_their_shapes(seed: Seed
 
 def test_nothing_is_merged_where_there_is_room(seed: Seed, settings: Settings, tmp_path: Path) -> None:
     sent = contributions(tmp_path, seed, settings, [None, None, None])
-    assert merge(sent, settings, seed, np.zeros((1, 1, 16)), None) == (sent, {})
+    assert merge(sent, settings, seed, np.zeros((1, 1, 16))) == (sent, {})
 
 
 def test_clients_that_sent_no_vectors_are_compared_by_their_proxies(seed: Seed, settings: Settings, tmp_path: Path) -> None:
-    bounded = validated(settings.model_dump() | {"experts": {"max": 2}})
+    bounded = changed(settings, ["experts.max=2", "router.vectors=proxy"])
     features = np.zeros((30, 1, 16)) + random_features(30, 16)[:, None] * 1e-3
     features[[1, 11]] += 5
-    parts, merged = merge(contributions(tmp_path, seed, bounded, [None, None, None]), bounded, seed, features, None)
+    parts, merged = merge(contributions(tmp_path, seed, bounded, [None, None, None]), bounded, seed, features)
     assert merged == {"c-0-and-1-more": ["c-0", "c-2"]}
     assert parts[0].vectors is None
 
